@@ -1,0 +1,61 @@
+"""Intervals and tests for paired measurements: the same texts through two models."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def ratio_interval(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.95, resamples: int = 2000,
+                   seed: int = 0) -> Interval:
+    """Bootstrap interval of sum(sums) / sum(counts), resampling the texts (percentile method).
+
+    For a paired difference pass the per-text difference as `sums` [texts] and its tokens as `counts` [texts]; the text,
+    not the token, is resampled, because tokens of one text are not independent.
+    Raises ValueError with fewer than 2 texts or different lengths.
+    """
+    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    if sums.shape != counts.shape or sums.ndim != 1 or len(sums) < 2:
+        raise ValueError(f"expected two equally long lists of at least 2 texts, got {sums.shape} and {counts.shape}")
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    tail = (1 - confidence) / 2
+    return Interval(sums.sum() / counts.sum(), *np.quantile(means, [tail, 1 - tail]))
+
+
+def share_interval(right: int, total: int, confidence: float = 0.95) -> Interval:
+    """Wilson interval of a share of correct answers, `right` of `total`."""
+    ci = stats.binomtest(int(right), int(total)).proportion_ci(confidence, method="wilson")
+    return Interval(right / total, ci.low, ci.high)
+
+
+class Flips(NamedTuple):
+    """How answers changed between two models, and the exact McNemar p-value of "as many got worse as got better"."""
+
+    lost: int  # right before, wrong after
+    won: int  # wrong before, right after
+    p_value: float
+
+
+def mcnemar(before: np.ndarray, after: np.ndarray) -> Flips:
+    """Paired comparison of right/wrong answers of two models to the same questions."""
+    before, after = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if before.shape != after.shape:
+        raise ValueError(f"expected answers to the same questions, got {before.shape} and {after.shape}")
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    p_value = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    return Flips(lost, won, float(p_value))

@@ -1,0 +1,100 @@
+"""Measured results as records with their provenance, stored whole or not at all."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel", "optimum", "numpy")
+
+
+class BadRecord(ValueError):
+    """A results file that is missing, cut short, or not a record."""
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 over the weights of a model folder (all *.safetensors, by name), hex."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on; no name of a host or a user."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """A named result: `data` is what was measured, the rest says how it came about."""
+
+    name: str
+    data: dict[str, Any]
+    command: str = field(default_factory=lambda: " ".join(["python", *sys.orig_argv[1:]]))
+    seed: int | None = None
+    model_sha256: str | None = None
+    machine: dict[str, Any] = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=versions)
+    date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that after a crash it is the old one or the new one, never half of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save(record: Record, folder: Path = RESULTS) -> Path:
+    """Store a record as FOLDER/NAME.json; raises ValueError if it holds something JSON cannot (NaN included)."""
+    path = folder / f"{record.name}.json"
+    write_atomically(path, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read(name: str, folder: Path = RESULTS) -> Record:
+    """The record of that name; raises BadRecord."""
+    path = folder / f"{name}.json"
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BadRecord(f"{path} is missing: there is no measurement of that name yet") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise BadRecord(f"{path} is not a record, it may be cut short: {error}") from error

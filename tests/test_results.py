@@ -1,0 +1,38 @@
+import json
+import os
+
+import pytest
+
+from helpers import results
+from helpers.results import BadRecord, Record
+
+
+def test_round_trip_with_provenance(tmp_path):
+    record = Record("speed", {"ms": [1.5, 2.0]}, seed=3)
+    path = results.save(record, tmp_path)
+    assert results.read("speed", tmp_path) == record
+    stored = json.loads(path.read_text())
+    assert stored["versions"]["torch"] and stored["machine"]["cpu_capability"] and stored["command"]
+
+
+def test_refuses_nan_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        results.save(Record("bad", {"loss": float("nan")}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    results.save(Record("r", {"v": 1}), tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        results.save(Record("r", {"v": 2}), tmp_path)
+    assert results.read("r", tmp_path).data == {"v": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_names_what_is_missing_or_broken(tmp_path):
+    with pytest.raises(BadRecord, match="nothing.json is missing"):
+        results.read("nothing", tmp_path)
+    (tmp_path / "half.json").write_text('{"name": "ha')
+    with pytest.raises(BadRecord, match="cut short"):
+        results.read("half", tmp_path)

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from helpers.measure.stats import mcnemar, ratio_interval, share_interval
+
+
+def test_ratio_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(200):
+        counts = rng.integers(5, 50, 80)
+        sums = counts * 0.3 + rng.normal(0, 1, 80) * np.sqrt(counts)
+        interval = ratio_interval(sums, counts, resamples=400, seed=i)
+        hits += interval.low <= 0.3 <= interval.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_ratio_interval_of_nothing_but_a_constant():
+    interval = ratio_interval(np.array([2.0, 4.0]), np.array([1, 2]))
+    assert tuple(interval) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("sums, counts", [([1.0], [1]), ([1.0, 2.0], [1]), ([], [])])
+def test_ratio_interval_refuses(sums, counts):
+    with pytest.raises(ValueError, match="at least 2 texts"):
+        ratio_interval(np.array(sums), np.array(counts))
+
+
+def test_share_interval_is_wilsons():
+    # 8 of 10 by Wilson (1927): centre and half width by hand
+    z = scipy_stats.norm.ppf(0.975)
+    centre = (0.8 + z**2 / 20) / (1 + z**2 / 10)
+    half = z / (1 + z**2 / 10) * np.sqrt(0.8 * 0.2 / 10 + z**2 / 400)
+    assert np.allclose(share_interval(8, 10), (0.8, centre - half, centre + half))
+    assert share_interval(10, 10).high == pytest.approx(1)
+
+
+def test_mcnemar_counts_both_ways():
+    flips = mcnemar([1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0])
+    assert (flips.lost, flips.won) == (3, 1)
+    assert flips.p_value == pytest.approx(2 * (4 + 1) / 16)  # P(at least 3 of 4) on either side
+    assert mcnemar([1, 0], [1, 0]).p_value == 1.0
