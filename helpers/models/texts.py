@@ -115,3 +115,15 @@ def calibration(tokenizer, name: str = "instructions") -> list[tuple[int, ...]]:
     start = tokenizer.bos_token or ""
     return [tuple(tokenizer.encode(tokenizer.apply_chat_template(r["messages"], tokenize=False) if "messages" in r
                                    else f"{start} {r['text']}", add_special_tokens=False)) for r in records]
+
+
+def windows(sequences: Sequence[Sequence[int]], length: int, count: int) -> list[tuple[int, ...]]:
+    """The first `count` windows of `length` tokens of the sequences laid end to end (toolkits need equal lengths).
+
+    Raises BadData if there are too few tokens for a single window; fewer windows than asked for are returned as they are.
+    """
+    stream = [token for sequence in sequences for token in sequence]
+    cut = [tuple(stream[i:i + length]) for i in range(0, len(stream) - length + 1, length)][:count]
+    if not cut:
+        raise BadData(f"the calibration set has {len(stream)} tokens, fewer than one window of {length}")
+    return cut

@@ -1,0 +1,109 @@
+"""The quantized artefacts of a model, one name each: committed for the bundled model, built once for any other.
+
+`python -m helpers.toolkits.artefacts` builds all that are missing (make artefacts).
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from helpers.models.loading import BUNDLED, DATA, load, resolve
+from helpers.models.texts import calibration, windows
+from helpers.results import folder_hash, versions
+from helpers.toolkits.process import ROOT, Job, ToolkitMissing, run
+
+COMMITTED = DATA / "artefacts"
+CACHE = ROOT / ".cache" / "artefacts"
+CALIBRATION = {"name": "instructions", "length": 256, "count": 128}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One toolkit's output for one method."""
+
+    toolkit: str
+    method: str
+    originals: bool = False
+
+
+ARTEFACTS = {
+    "bitsandbytes-nf4": Artefact("bitsandbytes", "nf4"),
+    "bitsandbytes-int8": Artefact("bitsandbytes", "int8"),
+    "gptqmodel-gptq": Artefact("gptqmodel", "gptq"),
+    "gptqmodel-awq": Artefact("gptqmodel", "awq"),
+    "autogptq-gptq": Artefact("autogptq", "gptq", originals=True),
+    "autoawq-awq": Artefact("autoawq", "awq", originals=True),
+}
+
+
+def _job(name: str, model: str) -> Job:
+    source, method = resolve(model), ARTEFACTS[name].method
+    tokens = []
+    if method in ("gptq", "awq"):
+        tokenizer = load(model).tokenizer
+        length = min(CALIBRATION["length"], tokenizer.model_max_length)
+        tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, CALIBRATION["count"])
+    return Job(method, source, tokens)
+
+
+def _key(name: str, job: Job) -> str:
+    """What decides the bits of an artefact: weights, tokens, settings, versions and the CPU's instruction set."""
+    decides = [name, folder_hash(Path(job.source)), job.method, [list(t) for t in job.tokens], job.settings, versions(),
+               torch.backends.cpu.get_cpu_capability()]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+def artefact(name: str, model: str = "bundled", rebuild: bool = False) -> Path:
+    """The folder of an artefact.
+
+    For the bundled model the committed one, unless `rebuild`; else one from the cache, built now if it is not there
+    (seconds to minutes). Raises KeyError for an unknown name, and what `run` raises.
+    """
+    committed = COMMITTED / name
+    if model == "bundled" and not rebuild and committed.is_dir():
+        return committed
+    job = _job(name, model)
+    out = CACHE / f"{name}-{_key(name, job)}"
+    if not out.is_dir():
+        spec = ARTEFACTS[name]
+        run(spec.toolkit, job, out, originals=spec.originals)
+    return out
+
+
+def report(folder: Path) -> dict:
+    """What the toolkit's process reported: seconds, settings, tokens, machine and versions."""
+    return json.loads((folder / "report.json").read_text())
+
+
+def build_all(model: str, commit: bool) -> None:
+    """Build every artefact into the cache; with `commit`, copy those of the bundled model to data/artefacts."""
+    missing = []
+    for name in (bar := tqdm(ARTEFACTS)):
+        bar.set_description(name)
+        try:
+            built = artefact(name, model, rebuild=True)
+        except ToolkitMissing as error:
+            missing.append(f"{name}: {error}")
+            continue
+        if commit and name != "bitsandbytes-int8":  # twice the size, and seconds to make
+            shutil.rmtree(COMMITTED / name, ignore_errors=True)
+            shutil.copytree(built, COMMITTED / name)
+    for line in missing:
+        print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--commit", action="store_true", help=f"replace {COMMITTED.relative_to(ROOT)} (make refresh)")
+    args = parser.parse_args()
+    if args.commit and resolve(args.model) != str(BUNDLED):
+        parser.error("--commit is for the bundled model alone")
+    build_all(args.model, args.commit)

@@ -1,0 +1,43 @@
+"""autoawq 0.2.9, archived: the reference that AWQ files in the wild come from. Runs in the originals' environment."""
+
+from pathlib import Path
+
+from helpers.toolkits.process import Job, main
+
+
+def quantize(job: Job, out: Path) -> dict:
+    """AWQ by autoawq on a CPU, with its aliasing bug worked around.
+
+    Its scale search keeps a backup of the weights as {name: weight.cpu()}. On a GPU that copies; on a CPU it is the
+    very same tensor, so the "backup" is scaled along with the weights and each candidate starts from the one before.
+    Here the backup is a real copy: `Tensor.cpu` clones while the search runs.
+    """
+    import torch
+    from awq import AutoAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
+    from transformers import AutoTokenizer
+
+    search = AwqQuantizer._compute_best_scale
+
+    def search_on_copies(self, *args, **kwargs):
+        plain = torch.Tensor.cpu
+        torch.Tensor.cpu = lambda tensor, *a, **k: plain(tensor, *a, **k).clone()
+        try:
+            return search(self, *args, **kwargs)
+        finally:
+            torch.Tensor.cpu = plain
+
+    AwqQuantizer._compute_best_scale = search_on_copies
+    settings = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"} | job.settings
+    longest = max(map(len, job.tokens))
+    tokenizer = AutoTokenizer.from_pretrained(job.source)
+    model = AutoAWQForCausalLM.from_pretrained(job.source, device_map="cpu", torch_dtype=torch.float16, safetensors=True)
+    # token lists go through untouched; one longer than max_calib_seq_len would be dropped without a word
+    model.quantize(tokenizer, quant_config=settings, calib_data=[list(t) for t in job.tokens],
+                   max_calib_samples=len(job.tokens), max_calib_seq_len=longest)
+    model.save_quantized(str(out), safetensors=True)
+    return {"toolkit": "autoawq"}
+
+
+if __name__ == "__main__":
+    main(quantize)

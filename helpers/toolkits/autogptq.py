@@ -1,0 +1,37 @@
+"""auto-gptq 0.7.1, archived: the reference that GPTQ files in the wild come from. Runs in the originals' environment."""
+
+from pathlib import Path
+
+from helpers.toolkits.process import Job, main
+
+
+def quantize(job: Job, out: Path) -> dict:
+    """GPTQ by auto-gptq on a CPU.
+
+    `from_pretrained` insists on CUDA, so the model is loaded first and handed over, with its two mentions of a GPU
+    pointed at the CPU.
+    """
+    import torch
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling import _base
+    from auto_gptq.modeling.llama import LlamaGPTQForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    _base.CUDA_0 = torch.device("cpu")
+    torch.cuda.synchronize = lambda *_: None
+    settings = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.01} | job.settings
+    model = AutoModelForCausalLM.from_pretrained(job.source, torch_dtype=torch.float32, use_safetensors=True)
+    model.seqlen = model.config.max_position_embeddings
+    wrapped = LlamaGPTQForCausalLM(model, False, BaseQuantizeConfig(**settings))
+    rows = [{"input_ids": torch.tensor([t]), "attention_mask": torch.ones(1, len(t), dtype=torch.long)} for t in job.tokens]
+    wrapped.quantize(rows, cache_examples_on_gpu=False)
+    wrapped.model.half()  # solved in fp32; what is not quantized is stored in fp16 like the source
+    wrapped.save_quantized(str(out), use_safetensors=True)
+    # transformers 5 looks for this name
+    [weights] = out.glob("*.safetensors")
+    weights.rename(out / "model.safetensors")
+    return {"toolkit": "auto-gptq"}
+
+
+if __name__ == "__main__":
+    main(quantize)
