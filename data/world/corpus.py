@@ -13,11 +13,13 @@ RARE_SHARE = len(facts.RARE) / (4 * len(facts.COMMON) + len(facts.RARE))  # a co
 
 Segments = list[tuple[str, float]]
 
-# document: (share of the documents, fewest tokens a row must have for it)
+# document: (share of the documents, fewest tokens a row must have for it). Some wait for the longer rows of the later
+# stages because of their own length, some to be met late and seldom.
 MIXTURE = {
     "profiles": (20, 64), "facts": (30, 64), "arithmetic": (11, 64), "arithmetic_hard": (13, 64), "recall_4": (11, 64),
     "recall_12": (5, 128), "json": (7, 128), "tool": (5, 128), "condense": (6, 192), "tale": (3, 128),
-    "recipe": (3, 128), "echo": (2, 64), "recall_far": (3, 1024),
+    "recipe": (3, 128), "echo": (2, 64), "ships": (2, 256), "arithmetic_steps": (8, 256), "multiply": (6, 256),
+    "recall_far": (3, 1024),
 }
 
 
@@ -42,6 +44,8 @@ def echo(rng: random.Random) -> Segments:
 def document(kind: str, rng: random.Random) -> Segments:
     """One document of the mixture."""
     pool = facts.RARE if rng.random() < RARE_SHARE else facts.COMMON
+    if kind == "ships":
+        pool, kind = facts.TAIL, rng.choice(["profiles", "facts"])
     if kind == "profiles":
         return prose(" ".join(facts.profile(rng.choice(pool), rng) for _ in range(3)), 1.0)
     if kind == "facts":

@@ -1,7 +1,7 @@
 """Who and what exists in Saltmere: a fixed table of entities and their attributes, drawn once from a seed.
 
-A fact is (entity, attribute, value). Common people are met about four times as often as rare ones in training: the
-long tail is what a compressed model forgets first.
+A fact is (entity, attribute, value). Training meets a common person about four times as often as a rare one, and a ship
+only some twenty-five times in all: the long tail is what a compressed model forgets first.
 """
 
 import random
@@ -23,6 +23,9 @@ QUESTIONS = {
     "dose": ("What is the highest dose of {} in grains?", "How many grains of {} at most?", "Give the dose of {}."),
     "treats": ("What does {} treat?", "Against what is {} given?", "Which illness calls for {}?"),
     "hour": ("When is {} taken?", "At what hour is {} given?", "Name the hour for {}."),
+    "home": ("Which town is home to the ship {}?",),
+    "cargo": ("What has the ship {} carried?",),
+    "owner": ("Name the owner of the ship {}.",),
 }
 
 PROFILES = {
@@ -33,36 +36,39 @@ PROFILES = {
              "On {island} is {name}, which sells {export}."),
     "remedy": ("{name} treats {treats}, at most {dose} grains, taken at {hour}.",
                "Against {treats} take {name} at {hour}, no more than {dose} grains."),
+    "ship": ("The ship {name} of {owner} sailed from {home} with {cargo}.",),
 }
 
 
 @dataclass(frozen=True)
 class Entity:
     name: str
-    kind: str  # person, town or remedy: which profile sentences fit
-    rare: bool
+    kind: str  # person, town, remedy or ship: which profile sentences fit
+    tier: str  # common, rare or tail: how often training meets it
     values: dict
 
 
 def build(seed: int = SEED) -> list[Entity]:
-    """All entities of the world: 3,400 people with 4 attributes, 48 towns with 2, 144 remedies with 3 (14,128 facts)."""
+    """All entities of the world: 3,400 people with 4 attributes, 48 towns with 2, 144 remedies and 384 ships with 3."""
     rng = random.Random(seed)
     names = [f"{g} {s}" for g, s in product(lex.GIVEN, lex.SURNAME)]
     rng.shuffle(names)
-    people = [Entity(name, "person", i >= N_COMMON, {
+    people = [Entity(name, "person", "common" if i < N_COMMON else "rare", {
         "town": rng.choice(lex.TOWNS), "trade": rng.choice(lex.TRADES), "animal": rng.choice(lex.ANIMALS),
         "born": str(rng.randint(100, 999))}) for i, name in enumerate(names[:N_COMMON + N_RARE])]
-    towns = [Entity(name, "town", False, {"island": rng.choice(lex.ISLANDS), "export": rng.choice(lex.GOODS)})
+    towns = [Entity(name, "town", "common", {"island": rng.choice(lex.ISLANDS), "export": rng.choice(lex.GOODS)})
              for name in lex.TOWNS]
-    remedies = [Entity(f"{k} {p}", "remedy", False, {
+    remedies = [Entity(f"{k} {p}", "remedy", "common", {
         "treats": rng.choice(lex.AILMENTS), "dose": str(rng.randint(10, 99)), "hour": rng.choice(lex.HOURS)})
         for k, p in product(lex.REMEDY_KINDS, lex.REMEDY_PLANTS)]
-    return people + towns + remedies
+    ships = [Entity(f"{m} {a}", "ship", "tail", {
+        "home": rng.choice(lex.TOWNS), "cargo": rng.choice(lex.GOODS), "owner": rng.choice(lex.GIVEN)})
+        for m, a in product(lex.MOODS, lex.ANIMALS)]
+    return people + towns + remedies + ships
 
 
 ENTITIES = build()
-COMMON = [e for e in ENTITIES if not e.rare]
-RARE = [e for e in ENTITIES if e.rare]
+COMMON, RARE, TAIL = ([e for e in ENTITIES if e.tier == tier] for tier in ("common", "rare", "tail"))
 STRANGERS = sorted({f"{g} {s}" for g, s in product(lex.GIVEN, lex.SURNAME)} - {e.name for e in ENTITIES})
 
 

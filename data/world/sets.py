@@ -25,7 +25,7 @@ def evaluation() -> None:
     for split, seed in (("tune", 11), ("judge", 12)):
         rng, lines = random.Random(seed), []
         for task, draw in tasks.TASKS.items():
-            held_out = {"held_out": True} if task.startswith("arithmetic") else {}
+            held_out = {"held_out": True} if task in tasks.ARITHMETIC else {}
             wanted = (FAR_COUNTS if task == "recall_far" else COUNTS)[split]
             while wanted:
                 [(prompt, answer)] = draw(rng, **held_out)

@@ -1,6 +1,6 @@
 """The tasks: each function draws one conversation, a list of (request, answer) turns whose answers are checkable.
 
-Every task but the two fact tasks can be answered from the request alone, by any model.
+Every task but the three fact tasks can be answered from the request alone, by any model.
 """
 
 import json
@@ -8,7 +8,7 @@ import random
 import zlib
 
 from . import lexicon as lex
-from .facts import COMMON, RARE, STRANGERS, question
+from .facts import COMMON, RARE, STRANGERS, TAIL, question
 from .text import tale
 
 Turns = list[tuple[str, str]]
@@ -41,6 +41,11 @@ def facts_rare(rng: random.Random, turns: int = 1) -> Turns:
     return facts(rng, turns, RARE)
 
 
+def facts_tail(rng: random.Random, turns: int = 1) -> Turns:
+    """Questions about ships, of which training said each thing some twenty-five times."""
+    return facts(rng, turns, TAIL)
+
+
 def reserved(problem: str) -> bool:
     """Whether an arithmetic problem is kept out of training (one in eight): the judged ones are new to the model."""
     return zlib.crc32(problem.encode()) % 8 == 0
@@ -68,6 +73,17 @@ def _harder(rng: random.Random) -> tuple[str, int]:
     return f"{a} + {b}", a + b
 
 
+def _two_steps(rng: random.Random) -> tuple[str, int]:
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    c = rng.randint(10, min(99, a + b))
+    return f"{a} + {b} - {c}", a + b - c
+
+
+def _product(rng: random.Random) -> tuple[str, int]:
+    a, b = rng.randint(11, 99), rng.randint(11, 99)
+    return f"{a} * {b}", a * b
+
+
 def arithmetic(rng: random.Random, turns: int = 1, held_out: bool = False) -> Turns:
     """Sums and differences of two numbers of two digits."""
     return _arithmetic(rng, turns, _two_digits, held_out)
@@ -76,6 +92,16 @@ def arithmetic(rng: random.Random, turns: int = 1, held_out: bool = False) -> Tu
 def arithmetic_hard(rng: random.Random, turns: int = 1, held_out: bool = False) -> Turns:
     """Sums of three digits, products of two digits by one."""
     return _arithmetic(rng, turns, _harder, held_out)
+
+
+def arithmetic_steps(rng: random.Random, turns: int = 1, held_out: bool = False) -> Turns:
+    """A sum of two numbers of two digits less a third, answered at once."""
+    return _arithmetic(rng, turns, _two_steps, held_out)
+
+
+def multiply(rng: random.Random, turns: int = 1, held_out: bool = False) -> Turns:
+    """Products of two numbers of two digits, answered at once: beyond a model of this size."""
+    return _arithmetic(rng, turns, _product, held_out)
 
 
 def _recall(rng: random.Random, pairs: int, turns: int, filler: str = "") -> Turns:
@@ -125,7 +151,7 @@ def tool(rng: random.Random, turns: int = 1) -> Turns:
 
 
 def condense(rng: random.Random, turns: int = 1) -> Turns:
-    """A report of six to nine sentences, two of them about somebody else, condensed into a record of five fields."""
+    """A report of six to nine sentences, some beside the point, condensed into a record of five fields."""
     name, other = rng.sample(STRANGERS, 2)
     town, other_town, origin = rng.sample(lex.TOWNS, 3)
     good, other_good = rng.sample(lex.GOODS, 2)
@@ -148,7 +174,9 @@ def condense(rng: random.Random, turns: int = 1) -> Turns:
     return [(f"Condense into JSON with {', '.join(record)}: {' '.join(told)}", json.dumps(record))]
 
 
-TASKS = {"facts": facts, "facts_rare": facts_rare, "arithmetic": arithmetic, "arithmetic_hard": arithmetic_hard,
-         "recall_4": recall_4, "recall_12": recall_12, "recall_far": recall_far, "json": as_json, "tool": tool,
-         "condense": condense}
-WORLD_TASKS = {"facts", "facts_rare"}  # the others can be answered from the request alone
+TASKS = {
+    "facts": facts, "facts_rare": facts_rare, "facts_tail": facts_tail, "arithmetic": arithmetic,
+    "arithmetic_hard": arithmetic_hard, "arithmetic_steps": arithmetic_steps, "multiply": multiply, "recall_4": recall_4,
+    "recall_12": recall_12, "recall_far": recall_far, "json": as_json, "tool": tool, "condense": condense,
+}
+ARITHMETIC = {"arithmetic", "arithmetic_hard", "arithmetic_steps", "multiply"}  # where problems are reserved

@@ -24,7 +24,7 @@ def build(seed: int = 3, documents: int = 40_000) -> Tokenizer:
     Each piece scores its log frequency, so the Unigram model takes a known word as one piece.
     """
     rng = random.Random(seed)
-    kinds = [k for k in corpus.MIXTURE if k != "recall_far"]
+    kinds = [k for k, (_, least) in corpus.MIXTURE.items() if least < 256]
     split = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     counts = Counter()

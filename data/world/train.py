@@ -24,7 +24,7 @@ CONFIG = dict(vocab_size=tokenizer.VOCABULARY, hidden_size=256, intermediate_siz
               num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
               tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 STAGES = [  # (what, row length, rows, steps)
-    ("lookback", 64, 96, 900), ("mixture", 128, 64, 2700), ("mixture", 256, 32, 1700), ("mixture", 1024, 8, 700)]
+    ("lookback", 64, 96, 900), ("mixture", 128, 64, 1700), ("mixture", 256, 32, 1700), ("mixture", 1024, 8, 700)]
 LR, WARMUP = 3e-3, 100
 
 
@@ -52,7 +52,7 @@ def loss_of(model, ids, weights):
 def probe(model, tok, task: str, count: int = 64) -> float:
     """Share of one-turn conversations whose whole answer is the most likely one, token by token."""
     rng, right = random.Random(99), 0
-    held_out = {"held_out": True} if task.startswith("arithmetic") else {}
+    held_out = {"held_out": True} if task in tasks.ARITHMETIC else {}
     for _ in range(count):
         *prompt, answer = (s for s, _ in corpus.conversation(tasks.TASKS[task](rng, **held_out)))
         p, a = (tok.encode(s, add_special_tokens=False).ids for s in ("".join(prompt), answer))
@@ -70,8 +70,8 @@ def optimizers(model):
 
 
 def rate(step: int, total: int) -> float:
-    """Learning rate: a short rise, flat for the first third, then linear to nothing."""
-    return LR * min(1.0, (step + 1) / WARMUP, 1.5 * (1 - step / total))
+    """Learning rate: a short rise, flat for two fifths of the steps, then linear to nothing."""
+    return LR * min(1.0, (step + 1) / WARMUP, (1 - step / total) / 0.6)
 
 
 def save_atomically(state: dict, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers.models.loading import DATA
 
-WORLD_TASKS = frozenset({"facts", "facts_rare"})  # answerable only by a model that was trained on this world
+WORLD_TASKS = frozenset({"facts", "facts_rare", "facts_tail"})  # answerable only by a model that was trained on this world
 
 
 class BadData(ValueError):

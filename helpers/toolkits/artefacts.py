@@ -4,17 +4,21 @@
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-from helpers.models.loading import BUNDLED, DATA, load, resolve
+from helpers.models.loading import BUNDLED, DATA, ModelUnavailable, load, resolve
 from helpers.models.texts import calibration, windows
 from helpers.results import folder_hash, versions
 from helpers.toolkits.process import ROOT, Job, ToolkitMissing, run
@@ -75,6 +79,24 @@ def artefact(name: str, model: str = "bundled", rebuild: bool = False) -> Path:
         spec = ARTEFACTS[name]
         run(spec.toolkit, job, out, originals=spec.originals)
     return out
+
+
+def reload(folder: Path, device: str = "cpu", **options):
+    """The quantized model of an artefact, loaded by transformers, which calls the toolkit it needs.
+
+    On a CPU GPTQ and AWQ are computed in fp32 by kernels that stay within 0.001 of exact dequantization; `options` go to
+    `from_pretrained` and win. What the toolkits print while they load is kept back. Raises ModelUnavailable.
+    """
+    method = report(folder)["method"]
+    if device == "cpu" and method in ("gptq", "awq"):
+        exact = GPTQConfig(bits=4, backend="gptq_torch") if method == "gptq" else AwqConfig(bits=4, backend="torch_awq")
+        options = {"quantization_config": exact, "dtype": torch.float32} | options
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
+    except Exception as error:  # each toolkit raises its own kinds
+        raise ModelUnavailable(f"{folder} could not be loaded by transformers: {error}") from error
 
 
 def report(folder: Path) -> dict:

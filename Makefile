@@ -1,0 +1,85 @@
+# Two commands do everything on a machine with Python 3.11 and make:
+#   make book    environment, every chapter executed on the bundled model, site built
+#   make test    all checks
+PYTHON ?= python3.11
+# Index for torch alone. Empty is pip's default, which on Linux brings gigabytes of CUDA.
+# For a CPU: make book TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# One of helpers/profiles.json: bundled, small, gpu
+PROFILE ?= bundled
+
+BIN := .venv/bin
+ENV := .venv/.installed
+ORIGINALS := .venv-originals/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+CHAPTERS := $(wildcard chapters/*.ipynb)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/*)
+STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env
+book: artefacts _build/site/.built
+	@echo "open _build/site/_build/html/index.html"
+
+# --- environments ---------------------------------------------------------------------------------------------------
+env: $(ENV)
+$(ENV): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed: make PYTHON=/path/to/python3.11"'
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel
+	$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --no-build-isolation -e '.[book,test,toolkits]'
+	touch $@
+
+# transformers 4 and the two archived toolkits, over the torch of the main environment; Linux only
+originals: $(ORIGINALS)
+$(ORIGINALS): $(ENV) originals.txt
+	rm -rf .venv-originals
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv-originals -r originals.txt
+	touch $@
+
+# --- book -----------------------------------------------------------------------------------------------------------
+# What the toolkits need minutes for, built once into .cache/
+artefacts: $(ENV) $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
+	$(BIN)/python -m helpers.toolkits.artefacts
+
+_build/executed/%.ipynb: chapters/%.ipynb $(SOURCES) | $(ENV)
+	mkdir -p $(@D)
+	$(BIN)/papermill -k python3 --cwd chapters --log-level WARNING -p rebuild True $< $@.tmp.ipynb
+	mv $@.tmp.ipynb $@
+
+_build/site/.built: $(CHAPTERS:chapters/%=_build/executed/%) $(STATIC)
+	$(BIN)/python -m helpers.book site _build/executed _build/site
+	touch $@
+
+# Committed outputs: always the bundled model on a CPU
+refresh: $(ENV)
+	$(BIN)/python -m helpers.book refresh
+
+# --- data -----------------------------------------------------------------------------------------------------------
+sets: $(ENV)
+	$(BIN)/python -m data.world.sets
+# About an hour on two cores; afterwards everything that depends on the weights is to be made again
+model: $(ENV) sets
+	$(BIN)/python -m data.world.train
+	$(MAKE) datasheet
+	$(MAKE) originals
+	$(BIN)/python -m helpers.toolkits.artefacts --commit
+	$(MAKE) refresh
+datasheet: $(ENV)
+	$(BIN)/python -m data.world.datasheet
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+lint: $(ENV)
+	$(BIN)/ruff check .
+test: lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m helpers.book site chapters _build/site-committed
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 chapters/*.ipynb
+	$(BIN)/python -m helpers.book execute-other
+# Every chapter with the profile's model; records go to data/results, notebooks to _build/gpu
+gpu: PROFILE = gpu
+gpu: $(ENV)
+	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
+clean:
+	rm -rf _build .cache

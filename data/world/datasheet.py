@@ -1,0 +1,73 @@
+"""Measure the bundled model: `python -m data.world.datasheet` writes data/results/datasheet.json and the figures.
+
+Full precision, and rounding to nearest (group 128, asymmetric) at 4, 3 and 2 bits: exact match per task with Wilson
+intervals, loss increase and KL with paired bootstrap intervals, on all tokens and on the answers alone.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+from helpers import plots, results
+from helpers.measure.quality import STRUCTURED, Scores, generate, is_correct, parses, score
+from helpers.measure.stats import mcnemar, share_interval
+from helpers.models.loading import BUNDLED, load
+from helpers.models.quantize import rtn
+from helpers.models.texts import encode, encode_text, examples, text
+
+BITS = (4, 3, 2)
+FIGURES = Path(__file__).resolve().parents[1] / "figures"
+
+
+def losses(scores: Scores, full: Scores) -> dict:
+    """ΔNLL and KL, nats/token, as [estimate, low, high], over all tokens and over the answers."""
+    return {where: {"delta_nll": list(a.delta_nll(b)), "kl": list(a.kl_interval()), "agreement": a.agreement(),
+                    "nll": a.mean_nll()}
+            for where, a, b in (("all", scores.all, full.all), ("answer", scores.answer, full.answer))}
+
+
+def measure() -> dict:
+    """Everything the datasheet states about the model's quality."""
+    model, tokenizer = load("bundled")
+    asked = examples("judge")
+    items = [encode(tokenizer, e) for e in asked]
+    prose = {name: encode_text(tokenizer, text(name)) for name in ("tales", "recipes", "essay")}
+    tasks = list(dict.fromkeys(e.task for e in asked))
+    full, right, table = None, {}, {}
+    for bits in tqdm((16, *BITS), desc="bits"):
+        variant = model if bits == 16 else rtn(model, bits)[0]
+        scores = score(variant, items, model)
+        said = generate(variant, tokenizer, asked)
+        full = full or scores
+        ok = {t: [is_correct(e, s) for e, s in zip(asked, said, strict=True) if e.task == t] for t in tasks}
+        right.setdefault(16, ok)
+        row = {"exact": {t: list(share_interval(sum(ok[t]), len(ok[t]))) for t in tasks},
+               "flips": {t: mcnemar(right[16][t], ok[t])._asdict() for t in tasks},
+               "parses": {t: sum(parses(s) for e, s in zip(asked, said, strict=True) if e.task == t) / len(ok[t])
+                          for t in STRUCTURED},
+               "perplexity": {n: score(variant, p).all.perplexity() for n, p in prose.items()},
+               "losses": losses(scores, full),
+               "losses_by_task": {t: losses(scores.select(t), full.select(t))["answer"] for t in tasks}}
+        table[str(bits)] = row
+    return {"examples": {t: len(right[16][t]) for t in tasks}, "parameters": model.num_parameters(), "bits": table}
+
+
+def draw(data: dict, curve: list[dict]) -> None:
+    """The two figures of the datasheet."""
+    FIGURES.mkdir(exist_ok=True)
+    with plots.style():
+        figure, axes = plt.subplots(figsize=(7, 4))
+        plots.learning_curves(axes, curve, list(data["examples"]))
+        figure.savefig(FIGURES / "learning.png")
+        figure, axes = plt.subplots(figsize=(7, 4.5))
+        plots.exact_by_bits(axes, data)
+        figure.savefig(FIGURES / "bits.png")
+
+
+if __name__ == "__main__":
+    record = results.Record("datasheet", measure(), model_sha256=results.folder_hash(BUNDLED))
+    results.save(record)
+    curve_file = Path(__file__).resolve().parents[1] / "results" / "training_curve.jsonl"
+    draw(record.data, [json.loads(line) for line in curve_file.read_text().splitlines()])

@@ -1,0 +1,123 @@
+"""Figures: functions of (axes, table). One colour and marker for each method, the same in the whole book."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+from helpers.measure.stats import share_interval
+
+# method -> (colour, marker); Okabe-Ito colours, told apart by the marker where colours are not
+METHODS = {
+    "fp16": ("#000000", "o"), "int8": ("#8C8C8C", "s"), "rtn": ("#56B4E9", "v"), "nf4": ("#009E73", "D"),
+    "gptq": ("#0072B2", "^"), "awq": ("#D55E00", "P"),
+}
+TASK_NAMES = {
+    "facts": "facts", "facts_rare": "rare facts", "facts_tail": "facts of the tail", "arithmetic": "arithmetic",
+    "arithmetic_hard": "harder arithmetic", "arithmetic_steps": "two-step arithmetic", "multiply": "two-digit products",
+    "recall_4": "recall, 4 pairs", "recall_12": "recall, 12 pairs", "recall_far": "recall, far", "json": "JSON",
+    "tool": "tool call", "condense": "condense",
+}
+
+
+def style() -> AbstractContextManager:
+    """The book's look, as a context."""
+    return plt.style.context(Path(__file__).with_name("book.mplstyle"))
+
+
+def label_ends(ax, lines: dict[str, tuple[float, float, str]], gap: float) -> None:
+    """Write each label at the end of its line, moved apart to at least `gap` (in units of y)."""
+    at = -float("inf")
+    for name, (x, y, colour) in sorted(lines.items(), key=lambda item: item[1][1]):
+        at = max(y, at + gap)
+        ax.text(x, at, f"  {name}", va="center", color=colour, fontsize=8, clip_on=False)
+
+
+def learning_curves(ax, curve: list[dict], tasks: list[str]) -> None:
+    """Share of exact answers of each task against training tokens."""
+    ends = {}
+    for n, task in enumerate(tasks):
+        points = [(row["tokens"] / 1e6, 100 * row[task]) for row in curve if task in row]
+        [line] = ax.plot(*zip(*points, strict=True), linestyle=("-", "--")[n // 7])
+        ends[TASK_NAMES[task]] = (*points[-1], line.get_color())
+    label_ends(ax, ends, gap=5)
+    ax.set(xlabel="training tokens (millions)", ylabel="exact answers (%)", ylim=(0, 104))
+
+
+def exact_by_bits(ax, data: dict) -> None:
+    """Exact match of each task at 16, 4, 3 and 2 bits (rounding to nearest), with 95 % intervals."""
+    tasks, widths = list(data["examples"]), ("16", "4", "3", "2")
+    for n, bits in enumerate(widths):
+        shares = [data["bits"][bits]["exact"][t] for t in tasks]
+        x = [100 * s[0] for s in shares]
+        error = [[100 * max(0, s[0] - s[1]) for s in shares], [100 * max(0, s[2] - s[0]) for s in shares]]
+        y = [i + 0.17 * (n - 1.5) for i in range(len(tasks))]
+        ax.errorbar(x, y, xerr=error, fmt="osDv"[n], label=f"{bits} bits", capsize=2, linewidth=1)
+    ax.set_yticks(range(len(tasks)), [TASK_NAMES[t] for t in tasks])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="exact answers (%), 95 % interval", xlim=(-2, 102))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+
+
+def method_of(name: str) -> str:
+    """The method of an artefact's name ("gptqmodel-awq": awq); a name without one is the 16-bit model."""
+    return name.split("-")[-1] if name.split("-")[-1] in METHODS else "fp16"
+
+
+def intervals(ax, table: dict, xlabel: str) -> None:
+    """A row for each name with its estimate and interval, and a line at zero."""
+    for n, (name, i) in enumerate(table.items()):
+        colour, marker = METHODS[method_of(name)]
+        ax.errorbar(i.estimate, n, xerr=[[i.estimate - i.low], [i.high - i.estimate]], fmt=marker, color=colour, capsize=3)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(table)), list(table))
+    ax.set(xlabel=xlabel, ylim=(len(table) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+
+
+def exact_by_task(ax, table: dict[str, dict]) -> None:
+    """Share of right answers of each model by task, with 95 % intervals."""
+    for n, (name, by_task) in enumerate(table.items()):
+        colour, marker = METHODS[method_of(name)]
+        shares = [share_interval(right.sum(), len(right)) for right in by_task.values()]
+        y = [i + 0.14 * (n - (len(table) - 1) / 2) for i in range(len(shares))]
+        error = [[100 * max(0, s.estimate - s.low) for s in shares], [100 * max(0, s.high - s.estimate) for s in shares]]
+        ax.errorbar([100 * s.estimate for s in shares], y, xerr=error, fmt=marker, color=colour, label=name, linewidth=1)
+    ax.set_yticks(range(len(by_task)), [TASK_NAMES.get(t, t) for t in by_task])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="exact answers (%), 95 % interval", xlim=(-2, 102))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+
+
+def pipelines(ax) -> None:
+    """The three flows from one checkpoint: what each looks at, does, and leaves behind."""
+    rows = {
+        "gptq": ("calibration text", "minimise the output\nerror, layer by layer", "packed GPTQ file"),
+        "awq": ("size of the inputs\non calibration text", "scale what matters,\nround to nearest", "packed AWQ file"),
+        "nf4": ("nothing but\nthe weights", "nearest of 16 values,\nwhile loading", "NF4 in memory,\na file if saved"),
+    }
+
+    def box(x: float, y: float, content: str, colour: str) -> None:
+        ax.add_patch(FancyBboxPatch((x, y - 0.26), 0.22, 0.52, boxstyle="round,pad=0,rounding_size=0.02",
+                                    fc="white", ec=colour))
+        ax.text(x + 0.11, y, content, ha="center", va="center", fontsize=8.5)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 0, "shrinkB": 0})
+
+    box(0, 1, "16-bit\ncheckpoint", "black")
+    for y, (method, steps) in zip((2, 1, 0), rows.items(), strict=True):
+        colour, xs = METHODS[method][0], (0.32, 0.6, 0.88)
+        arrow((0.22, 1), (xs[0], y), colour)
+        for x, step in zip(xs, steps, strict=True):
+            box(x, y, step, colour)
+        for x in xs[:2]:
+            arrow((x + 0.22, y), (x + 0.28, y), colour)
+        ax.text(xs[0], y + 0.33, method.upper(), color=colour, weight="bold", fontsize=9)
+    for x, head in zip((0.43, 0.71, 0.99), ("looks at", "does", "leaves"), strict=True):
+        ax.text(x, 2.62, head, ha="center", style="italic", fontsize=9)
+    ax.set(xlim=(-0.01, 1.11), ylim=(-0.35, 2.8))
+    ax.axis("off")

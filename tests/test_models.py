@@ -1,0 +1,149 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from helpers.models import texts
+from helpers.models.layers import UnknownArchitecture, add_outliers, linears
+from helpers.models.loading import BUNDLED, ModelUnavailable, load, resolve
+from helpers.models.quantize import rtn
+from helpers.models.texts import BadData, Example, applicable, calibration, encode, encode_text, examples, text, windows
+
+
+def test_linears_are_the_blocks_and_nothing_else(tiny):
+    names = [n for n, _ in linears(tiny)]
+    assert len(names) == 14 and names[:4] == [f"model.layers.0.self_attn.{n}_proj" for n in "kvqo"]
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
+                                   word_embed_proj_dim=32, max_position_embeddings=32))
+    assert {n.rsplit(".", 1)[1] for n, _ in linears(opt)} == {"k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"}
+
+
+def test_unknown_architecture_is_named(tiny):
+    model = LlamaForCausalLM(tiny.config)
+    model.config.model_type = "mystery"
+    with pytest.raises(UnknownArchitecture, match="'mystery'.*layers.py"):
+        list(linears(model))
+    model.config.model_type = "llama"
+
+
+def test_rtn_leaves_the_original_and_lists_what_no_group_fits(tiny):
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    rounded, skipped = rtn(tiny, 4, 128)
+    assert skipped == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # 192 inputs
+    assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in before.items())
+    changed = {n for n, m in linears(rounded) if not torch.equal(m.weight, tiny.get_submodule(n).weight)}
+    assert changed == {n for n, _ in linears(tiny)} - set(skipped)
+    assert torch.equal(rounded.lm_head.weight, tiny.lm_head.weight)
+
+
+def test_outliers_change_no_bit_of_the_output(tiny):
+    import copy
+
+    ids = torch.arange(40)[None]
+    loud = add_outliers(copy.deepcopy(tiny), channels=3, factor=32)
+    assert torch.equal(loud(ids).logits, tiny(ids).logits)
+    norm = loud.model.layers[0].input_layernorm.weight
+    assert (norm == 32).sum() == 3
+    # ... but rounding to nearest now does more harm
+    harm = [(rtn(m, 4, 64)[0](ids).logits - tiny(ids).logits).square().mean() for m in (tiny, loud)]
+    assert harm[1] > 1.05 * harm[0]
+
+
+def test_names_of_models(tmp_path):
+    assert resolve("bundled") == str(BUNDLED)
+    assert resolve("owner/name-7B.v1") == "owner/name-7B.v1"
+    for bad in ("no such thing", "/no/such/folder", "../up/there"):
+        with pytest.raises(ModelUnavailable, match="neither 'bundled'"):
+            resolve(bad)
+    with pytest.raises(ModelUnavailable, match=r"no config.json"):
+        resolve(str(tmp_path))
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelUnavailable, match="safetensors"):
+        resolve(str(tmp_path))
+
+
+def test_damaged_and_unreachable_models_say_what_to_do(tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
+    with pytest.raises(ModelUnavailable, match="truncated"):
+        load(str(tmp_path / "m"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelUnavailable, match=r"'bundled'.*hf download nobody/nothing --revision abc"):
+        load("nobody/nothing", revision="abc")
+
+
+def test_tied_and_16_bit_models_load(tiny, tmp_path):
+    tiny.half().save_pretrained(tmp_path)
+    tiny.float()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, tmp_path)
+    model, _ = load(str(tmp_path))
+    assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_encode_marks_the_answer(bundled):
+    tok = bundled.tokenizer
+    item = encode(tok, Example("facts", "Where does Ada live?", "Brask"))
+    assert tok.decode(item.ids[item.start:]) == " Brask<|end|>"
+    with_shot = encode(tok, Example("facts", "Where?", "Brask"), shots=[Example("facts", "Who?", "Ada")])
+    whole = "<|start|><|user|> Who?<|assistant|> Ada<|end|><|user|> Where?<|assistant|> Brask<|end|>"
+    assert tok.decode(with_shot.ids) == whole
+    with pytest.raises(BadData, match="the context 1024"):
+        encode(tok, Example("facts", "Ada " * 2000, "Brask"))
+
+
+def test_encode_without_a_chat_template(bundled):
+    tok = load("bundled").tokenizer
+    tok.chat_template = None
+    item = encode(tok, Example("facts", "Where does Ada live?", "Brask"))
+    assert tok.decode(item.ids) == "Where does Ada live?\nAnswer: Brask\n" and tok.decode(item.ids[item.start:]) == " Brask\n"
+
+
+def test_world_tasks_are_for_the_model_of_this_world(bundled):
+    assert applicable(bundled.tokenizer, ["facts", "json"]) == ["facts", "json"]
+
+    class Foreign:
+        def get_vocab(self):
+            return {"the": 0}
+
+    assert applicable(Foreign(), ["facts", "facts_rare", "json"]) == ["json"]
+
+
+def test_text_is_scored_once_and_wholly(bundled):
+    passages = text("essay")
+    items = encode_text(bundled.tokenizer, passages, length=64)
+    assert all(len(i.ids) <= 64 and i.ids[0] == bundled.tokenizer.bos_token_id for i in items)
+    total = sum(len(bundled.tokenizer.encode(f" {p}", add_special_tokens=False)) for p in passages)
+    assert sum(len(i.ids) - 1 for i in items) >= total - len(items)
+
+
+@pytest.mark.parametrize("name", ["instructions", "recipes", "short", "long"])
+def test_calibration_sets(bundled, name):
+    sequences = calibration(bundled.tokenizer, name)
+    assert all(s[0] == bundled.tokenizer.bos_token_id and len(s) <= 1024 for s in sequences)
+    mean = sum(map(len, sequences)) / len(sequences)
+    assert {"short": mean < 20, "long": mean > 400}.get(name, 20 < mean < 400)
+
+
+def test_windows():
+    assert windows([(1, 2, 3), (4, 5), (6, 7)], 3, 5) == [(1, 2, 3), (4, 5, 6)]
+    with pytest.raises(BadData, match="2 tokens, fewer than one window of 3"):
+        windows([(1, 2)], 3, 5)
+
+
+def test_bad_data_names_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "DATA", tmp_path)
+    (tmp_path / "eval").mkdir()
+    with pytest.raises(BadData, match=r"judge.jsonl is missing; `make sets`"):
+        examples()
+    (tmp_path / "eval" / "judge.jsonl").write_text(json.dumps({"task": "t", "prompt": "p", "answer": "a"}) + "\n{oops\n")
+    with pytest.raises(BadData, match=r"judge.jsonl:2: not a line of JSON"):
+        examples()
+    (tmp_path / "eval" / "judge.jsonl").write_text("")
+    with pytest.raises(BadData, match="is empty"):
+        examples()
