@@ -72,7 +72,7 @@ datasheet: $(ENV)
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
 	$(BIN)/ruff check .
-test: lint
+test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 	$(BIN)/python -m pytest
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 chapters/*.ipynb

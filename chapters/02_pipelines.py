@@ -78,7 +78,8 @@ rows = {}
 for name, folder in folders.items():
     method = name.split("-")[1]
     predicted, measured = predicted_bytes(lm.config, method), measured_bytes(folder)
-    rows[name] = {"predicted": predicted, "measured": measured, "bits per parameter": round(8 * measured / lm.num_parameters(), 2)}
+    bits_each = round(8 * measured / lm.num_parameters(), 2)
+    rows[name] = {"predicted": predicted, "measured": measured, "bits per parameter": bits_each}
     assert predicted == measured, name
 memory = pd.DataFrame(rows).T.astype({"predicted": int, "measured": int})
 memory

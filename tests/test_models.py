@@ -1,15 +1,21 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from helpers.measure.quality import generate, score
 from helpers.models import texts
 from helpers.models.layers import UnknownArchitecture, add_outliers, linears
 from helpers.models.loading import BUNDLED, ModelUnavailable, load, resolve
 from helpers.models.quantize import rtn
 from helpers.models.texts import BadData, Example, applicable, calibration, encode, encode_text, examples, text, windows
+from helpers.toolkits.process import ORIGINALS
 
 
 def test_linears_are_the_blocks_and_nothing_else(tiny):
@@ -147,3 +153,44 @@ def test_bad_data_names_file_and_line(tmp_path, monkeypatch):
     (tmp_path / "eval" / "judge.jsonl").write_text("")
     with pytest.raises(BadData, match="is empty"):
         examples()
+
+
+def test_the_bundled_model_means_the_same_to_transformers_4(bundled):
+    """The originals' environment loads it, tokenizer class and all, and computes the same logits."""
+    if not (ORIGINALS / "transformers").is_dir():
+        pytest.skip("`make originals` has not been run")
+    prompt = "<|start|><|user|> What is 12 + 30?<|assistant|>"
+    script = f"""
+import torch, transformers
+assert transformers.__version__ == "4.51.3"
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(BUNDLED)!r})
+model = transformers.AutoModelForCausalLM.from_pretrained({str(BUNDLED)!r}, torch_dtype=torch.float32)
+ids = tokenizer.encode({prompt!r}, add_special_tokens=False)
+print("LOGITS", ids, model(torch.tensor([ids])).logits[0, -1, :50].tolist())
+"""
+    env = {"PYTHONPATH": str(ORIGINALS), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    [line] = [x for x in done.stdout.splitlines() if x.startswith("LOGITS")] or [done.stderr]
+    ids, logits = re.fullmatch(r"LOGITS (\[.*?\]) (\[.*\])", line).groups()
+    ours = bundled.tokenizer.encode(prompt, add_special_tokens=False)
+    assert json.loads(ids) == ours
+    with torch.inference_mode():
+        expected = bundled.model(torch.tensor([ours])).logits[0, -1, :50]
+    assert torch.allclose(torch.tensor(json.loads(logits)), expected, atol=1e-4)
+
+
+def test_a_foreign_model_can_be_measured(tiny):
+    """Another tokenizer, without a chat template, start or padding token: what applies is asked, with worked examples."""
+    bpe = Tokenizer(models.BPE(unk_token="?"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    bpe.train_from_iterator(text("essay"), trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["?", "</s>"]))
+    foreign = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", model_max_length=256)
+    names = applicable(foreign, ["facts", "json", "recall_4"])
+    assert names == ["json", "recall_4"]
+    asked, shots = examples("judge", ["recall_4"], limit=3), examples("tune", ["recall_4"], limit=1)
+    items = [encode(foreign, e, shots) for e in asked]
+    assert all(foreign.decode(i.ids[i.start:]).strip() == e.answer for i, e in zip(items, asked, strict=True))
+    assert score(tiny, items).answer.perplexity() > 1
+    assert score(tiny, encode_text(foreign, text("essay"), 128)).all.perplexity() > 1
+    assert len(generate(tiny, foreign, asked, shots, max_new_tokens=3)) == 3

@@ -1,6 +1,7 @@
 """The generator: deterministic, its answers true, and what is judged kept out of training."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -8,9 +9,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.world import corpus, facts, tasks, tokenizer
+from data.world import corpus, datasheet, facts, tasks, tokenizer
+from helpers import results
+from helpers.measure.quality import score
 from helpers.models.loading import BUNDLED, DATA
-from helpers.models.texts import WORLD_TASKS, examples
+from helpers.models.quantize import rtn
+from helpers.models.texts import WORLD_TASKS, encode, examples
 
 FACTS = {e.name: e.values for e in facts.ENTITIES}
 
@@ -111,3 +115,34 @@ def test_lookback_rows_can_be_answered_from_the_row():
 def test_every_data_folder_says_what_it_holds():
     folders = [p for p in DATA.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))]
     assert not [p.name for p in folders if not (p / "README.md").is_file()]
+
+
+def test_datasheet_shows_its_record():
+    page = (DATA / "README.md").read_text(encoding="utf-8")
+    record = results.read("datasheet")
+    assert datasheet.fill(page, datasheet.tables(record.data)) == page, "run `make datasheet`"
+    assert record.model_sha256 == results.folder_hash(BUNDLED)
+
+
+def test_committed_model_reaches_its_scores(bundled):
+    """Three times the standard error of a subset around the datasheet's figures: a minute, and other weights fail."""
+    recorded = results.read("datasheet").data["bits"]["16"]["exact"]
+    asked = examples("judge", limit=60)
+    scores = score(bundled.model, [encode(bundled.tokenizer, e) for e in asked])
+    for task, (share, _, _) in recorded.items():
+        right = scores.select(task).exact
+        assert abs(right.mean() - share) <= 3 * math.sqrt(share * (1 - share) / len(right)) + 1 / len(right), task
+
+
+def test_the_lines_that_the_model_had_to_reach():
+    exact = results.read("datasheet").data["bits"]["16"]["exact"]
+    assert min(exact["facts"][0], exact["json"][0]) >= 0.95 and exact["recall_4"][0] >= 0.90
+    assert sum(0.4 <= share <= 0.9 for share, _, _ in exact.values()) >= 2
+
+
+def test_rounding_to_three_bits_can_be_told_from_none(bundled):
+    items = [encode(bundled.tokenizer, e) for e in examples("judge", limit=30)]
+    full = score(bundled.model, items)
+    rounded = score(rtn(bundled.model, 3)[0], items, bundled.model)
+    assert rounded.answer.delta_nll(full.answer).low > 0 and rounded.answer.kl_interval().low > 0
+    assert rounded.exact.mean() < full.exact.mean()

@@ -1,11 +1,12 @@
-"""Measure the bundled model: `python -m data.world.datasheet` writes data/results/datasheet.json and the figures.
+"""Measure the bundled model: `python -m data.world.datasheet` writes its record, figures and tables.
 
 Full precision, and rounding to nearest (group 128, asymmetric) at 4, 3 and 2 bits: exact match per task with Wilson
 intervals, loss increase and KL with paired bootstrap intervals, on all tokens and on the answers alone.
 """
 
 import json
-from pathlib import Path
+import re
+import textwrap
 
 import matplotlib.pyplot as plt
 from tqdm import tqdm
@@ -13,12 +14,12 @@ from tqdm import tqdm
 from helpers import plots, results
 from helpers.measure.quality import STRUCTURED, Scores, generate, is_correct, parses, score
 from helpers.measure.stats import mcnemar, share_interval
-from helpers.models.loading import BUNDLED, load
+from helpers.models.loading import BUNDLED, DATA, load
 from helpers.models.quantize import rtn
 from helpers.models.texts import encode, encode_text, examples, text
 
 BITS = (4, 3, 2)
-FIGURES = Path(__file__).resolve().parents[1] / "figures"
+FIGURES = DATA / "figures"
 
 
 def losses(scores: Scores, full: Scores) -> dict:
@@ -66,8 +67,54 @@ def draw(data: dict, curve: list[dict]) -> None:
         figure.savefig(FIGURES / "bits.png")
 
 
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _range(interval: list, unit: float = 1, form: str = "+.4f") -> str:
+    estimate, low, high = (unit * x for x in interval)
+    return f"{estimate:{form}} ({low:{form}} to {high:{form}})"
+
+
+def tables(data: dict) -> dict[str, str]:
+    """The generated parts of data/README.md, by the name of their marker."""
+    bits = list(data["bits"])
+    shown = {}
+    for e in examples("tune"):
+        shown.setdefault(e.task, e)
+    asked = [[plots.TASK_NAMES[t], textwrap.shorten(e.prompt, 230), f"`{e.answer}`"] for t, e in shown.items()]
+    exact = [[plots.TASK_NAMES[t], str(n), *(_range(data["bits"][b]["exact"][t], 100, ".0f") for b in bits)]
+             for t, n in data["examples"].items()]
+    lost = [[plots.TASK_NAMES[t], *(f"{f['lost']} / {f['won']} (p {f['p_value']:.2g})"
+                                    for f in (data["bits"][b]["flips"][t] for b in bits[1:]))] for t in data["examples"]]
+    loss = [[b, where, *(_range(data["bits"][b]["losses"][where][k]) for k in ("delta_nll", "kl"))]
+            for b in bits[1:] for where in ("all", "answer")]
+    perplexity = [[name, *(f"{data['bits'][b]['perplexity'][name]:.3f}" for b in bits)]
+                  for name in data["bits"][bits[0]]["perplexity"]]
+    parse = [[plots.TASK_NAMES[t], *(f"{100 * data['bits'][b]['parses'][t]:.0f}" for b in bits)] for t in STRUCTURED]
+    widths = [f"{b} bits" for b in bits]
+    return {"examples": _table(["task", "request", "right answer"], asked),
+            "exact": _table(["task", "questions", *widths], exact),
+            "flips": _table(["task", *widths[1:]], lost),
+            "losses": _table(["bits", "tokens", "ΔNLL (nats/token)", "KL (nats/token)"], loss),
+            "perplexity": _table(["text", *widths], perplexity),
+            "parses": _table(["task", *widths], parse)}
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """A page with each `<!-- NAME -->...<!-- end -->` filled in."""
+    for name, content in parts.items():
+        part = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        page, found = re.subn(part, lambda m, c=content: m[1] + c + m[2], page, flags=re.S)
+        if found != 1:
+            raise ValueError(f"data/README.md: expected one part <!-- {name} -->, found {found}")
+    return page
+
+
 if __name__ == "__main__":
     record = results.Record("datasheet", measure(), model_sha256=results.folder_hash(BUNDLED))
     results.save(record)
-    curve_file = Path(__file__).resolve().parents[1] / "results" / "training_curve.jsonl"
+    curve_file = DATA / "results" / "training_curve.jsonl"
     draw(record.data, [json.loads(line) for line in curve_file.read_text().splitlines()])
+    page = DATA / "README.md"
+    results.write_atomically(page, fill(page.read_text(encoding="utf-8"), tables(record.data)))

@@ -18,6 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.models.loading import DATA
+from helpers.results import write_atomically
+
 from . import corpus, tasks, tokenizer
 
 CONFIG = dict(vocab_size=tokenizer.VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
@@ -118,6 +121,7 @@ def run(work: Path, out: Path) -> None:
             row |= {t: probe(model, tok, t) for t in tasks.TASKS if t != "recall_far" or ids.shape[1] > 512}
             with curve.open("a") as f:
                 f.write(json.dumps(row) + "\n")
+    write_atomically(DATA / "results" / "training_curve.jsonl", curve.read_text())
     model.config.dtype = torch.float16
     model.set_attn_implementation("sdpa")
     model.half().save_pretrained(out)

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.models.loading import BUNDLED, ModelUnavailable
+from helpers.toolkits import artefacts, process
+from helpers.toolkits.artefacts import ARTEFACTS, COMMITTED, reload, report
+from helpers.toolkits.compare import same_codes
+from helpers.toolkits.process import Job, ToolkitFailed, ToolkitMissing, run
+
+SOURCE = str(BUNDLED)
+
+
+def test_a_dying_process_leaves_nothing_and_says_why(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ToolkitFailed, match="No module named helpers.toolkits.nothing"):
+        run("nothing", Job("nf4", SOURCE), out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rebuild_keeps_the_finished_one(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    with pytest.raises(ToolkitFailed, match="did not finish in 0 s"):
+        run("bitsandbytes", Job("nf4", SOURCE), out, timeout=0.01)
+    assert (out / "report.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("tokens, said", [((), "at least one"), (((1,) * 2000,), "2000 tokens, the model's context is 1024")])
+def test_bad_calibration(tokens, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run("gptqmodel", Job("gptq", SOURCE, tokens), tmp_path / "out")
+
+
+def test_missing_originals(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "ORIGINALS", tmp_path / "none")
+    with pytest.raises(ToolkitMissing, match="make originals"):
+        run("autogptq", Job("gptq", SOURCE, ((1, 2),)), tmp_path / "out", originals=True)
+
+
+def test_nf4_for_real_and_again_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(artefacts, "CACHE", tmp_path)
+    folder = artefacts.artefact("bitsandbytes-nf4", rebuild=True)
+    assert folder.parent == tmp_path and report(folder)["method"] == "nf4"
+    monkeypatch.setattr(artefacts, "run", None)  # a second build would fail
+    assert artefacts.artefact("bitsandbytes-nf4", rebuild=True) == folder
+    new, old = (load_file(f / "model.safetensors") for f in (folder, COMMITTED / "bitsandbytes-nf4"))
+    assert all(torch.equal(new[k], old[k]) for k in old if k.endswith("_proj.weight"))
+
+
+@pytest.mark.parametrize("name", [n for n in ARTEFACTS if n != "bitsandbytes-int8"])
+def test_committed_artefacts_load_and_are_near_the_model(name, bundled):
+    ids = torch.tensor([bundled.tokenizer.encode("<|start|><|user|> What is 12 + 30?<|assistant|> 42<|end|>")])
+    quantized = reload(COMMITTED / name)
+    with torch.inference_mode():
+        difference = (quantized(ids).logits.float() - bundled.model(ids).logits).norm() / bundled.model(ids).logits.norm()
+    assert 0.001 < difference < 0.3  # quantized, and still this model
+
+
+def test_committed_artefacts_are_of_this_model_and_small():
+    assert sum(f.stat().st_size for f in COMMITTED.rglob("*") if f.is_file()) <= 15_000_000
+    for name, spec in ARTEFACTS.items():
+        if name != "bitsandbytes-int8":
+            assert report(COMMITTED / name)["method"] == spec.method
+
+
+def test_reload_says_what_is_wrong(tmp_path):
+    (tmp_path / "report.json").write_text('{"method": "nf4"}')
+    with pytest.raises(ModelUnavailable, match="could not be loaded by transformers"):
+        reload(tmp_path)
+
+
+def test_same_codes(tmp_path):
+    words = torch.tensor([[0x76543210, 0x11111111]], dtype=torch.int32)
+    for name, tensor in (("a", words), ("b", words ^ torch.tensor([[0x00000005, 0]], dtype=torch.int32)), ("c", words)):
+        (tmp_path / name).mkdir()
+        save_file({("x.qweight" if name != "c" else "y.qweight"): tensor.contiguous()}, tmp_path / name / "model.safetensors")
+    assert same_codes(tmp_path / "a", tmp_path / "a") == 1
+    assert same_codes(tmp_path / "a", tmp_path / "b") == 15 / 16
+    with pytest.raises(ValueError, match="same packed linears"):
+        same_codes(tmp_path / "a", tmp_path / "c")
