@@ -23,7 +23,7 @@
 # every number on these pages comes from a cell that ran, or from a file that says on which machine, with which versions
 # and by which command it was made.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from helpers.book import start
 
 start(seed=0)

@@ -21,7 +21,7 @@
 # documentation recommends. Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
 # because their files are still everywhere.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from helpers.book import start
 
 start(seed=0)

@@ -4,6 +4,7 @@ Full precision, and rounding to nearest (group 128, asymmetric) at 4, 3 and 2 bi
 intervals, loss increase and KL with paired bootstrap intervals, on all tokens and on the answers alone.
 """
 
+import argparse
 import json
 import re
 import textwrap
@@ -34,7 +35,7 @@ def measure() -> dict:
     model, tokenizer = load("bundled")
     asked = examples("judge")
     items = [encode(tokenizer, e) for e in asked]
-    prose = {name: encode_text(tokenizer, text(name)) for name in ("tales", "recipes", "essay")}
+    prose = {name: encode_text(tokenizer, text(name)) for name in ("tales", "recipes")}
     tasks = list(dict.fromkeys(e.task for e in asked))
     full, right, table = None, {}, {}
     for bits in tqdm((16, *BITS), desc="bits"):
@@ -104,16 +105,21 @@ def tables(data: dict) -> dict[str, str]:
 def fill(page: str, parts: dict[str, str]) -> str:
     """A page with each `<!-- NAME -->...<!-- end -->` filled in."""
     for name, content in parts.items():
-        part = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        page, found = re.subn(part, lambda m, c=content: m[1] + c + m[2], page, flags=re.S)
+        part = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        page, found = re.subn(part, lambda m, c=content: f"{m[1]}{c}\n{m[2]}", page, flags=re.S)
         if found != 1:
             raise ValueError(f"data/README.md: expected one part <!-- {name} -->, found {found}")
     return page
 
 
 if __name__ == "__main__":
-    record = results.Record("datasheet", measure(), model_sha256=results.folder_hash(BUNDLED))
-    results.save(record)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--redraw", action="store_true", help="figures and tables from the record, nothing measured")
+    if parser.parse_args().redraw:
+        record = results.read("datasheet")
+    else:
+        record = results.Record("datasheet", measure(), model_sha256=results.folder_hash(BUNDLED))
+        results.save(record)
     curve_file = DATA / "results" / "training_curve.jsonl"
     draw(record.data, [json.loads(line) for line in curve_file.read_text().splitlines()])
     page = DATA / "README.md"

@@ -91,6 +91,8 @@ def reload(folder: Path, device: str = "cpu", **options):
     if device == "cpu" and method in ("gptq", "awq"):
         exact = GPTQConfig(bits=4, backend="gptq_torch") if method == "gptq" else AwqConfig(bits=4, backend="torch_awq")
         options = {"quantization_config": exact, "dtype": torch.float32} | options
+        # GPTQModel compiles its kernels for each new length of input: minutes, for a model that runs in milliseconds
+        torch.compiler.set_stance("force_eager")
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
