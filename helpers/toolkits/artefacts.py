@@ -118,7 +118,8 @@ def build_all(model: str, commit: bool) -> None:
             continue
         if commit and name != "bitsandbytes-int8":  # twice the size, and seconds to make
             shutil.rmtree(COMMITTED / name, ignore_errors=True)
-            shutil.copytree(built, COMMITTED / name)
+            # the tokenizer is in data/model
+            shutil.copytree(built, COMMITTED / name, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "*.csv"))
     for line in missing:
         print(line, file=sys.stderr)
 
