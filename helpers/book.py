@@ -26,6 +26,7 @@ def start(seed: int = 0) -> None:
     for name in ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "gptqmodel", "optimum"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="IProgress not found")
     import matplotlib.pyplot as plt
     import torch
     import transformers
@@ -80,7 +81,7 @@ def site(notebooks: Path, out: Path) -> None:
     for name in ("README.md", "_config.yml", "_toc.yml", "references.bib", "data/README.md"):
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(notebooks, source / "chapters", ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")])
-    subprocess.run([sys.executable, "-m", "jupyter_book", "build", source, "--path-output", out, "-W", "-n", "--keep-going",
+    subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", source, "--path-output", out, "-W", "-n", "--keep-going",
                     "--quiet"], check=True)
 
 

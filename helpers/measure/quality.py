@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from helpers.measure.stats import Interval, ratio_interval
 from helpers.models.texts import Example, Item, render
@@ -90,7 +90,7 @@ def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, batch_tokens: int = 8192,
+def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, batch_tokens: int = 2048,
           progress: bool = False) -> Scores:
     """Score each item by `model`, against `reference` if given (else KL is 0 and agreement 1).
 

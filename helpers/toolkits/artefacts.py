@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, GPTQConfig
 
 from helpers.models.loading import BUNDLED, DATA, ModelUnavailable, load, resolve
 from helpers.models.texts import calibration, windows
@@ -84,13 +84,14 @@ def artefact(name: str, model: str = "bundled", rebuild: bool = False) -> Path:
 def reload(folder: Path, device: str = "cpu", **options):
     """The quantized model of an artefact, loaded by transformers, which calls the toolkit it needs.
 
-    On a CPU GPTQ and AWQ are computed in fp32 by kernels that stay within 0.001 of exact dequantization; `options` go to
-    `from_pretrained` and win. What the toolkits print while they load is kept back. Raises ModelUnavailable.
+    On a CPU GPTQ and AWQ are computed in fp32, GPTQ by the kernel that stays within 0.001 of exact dequantization (the one
+    for AWQ takes a minute where the automatic choice takes two seconds); `options` go to `from_pretrained` and win. What the
+    toolkits print while they load is kept back. Raises ModelUnavailable.
     """
     method = report(folder)["method"]
     if device == "cpu" and method in ("gptq", "awq"):
-        exact = GPTQConfig(bits=4, backend="gptq_torch") if method == "gptq" else AwqConfig(bits=4, backend="torch_awq")
-        options = {"quantization_config": exact, "dtype": torch.float32} | options
+        exact = {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")} if method == "gptq" else {}
+        options = exact | {"dtype": torch.float32} | options
         # GPTQModel compiles its kernels for each new length of input: minutes, for a model that runs in milliseconds
         torch.compiler.set_stance("force_eager")
     try:
