@@ -81,8 +81,8 @@ def site(notebooks: Path, out: Path) -> None:
     for name in ("README.md", "_config.yml", "_toc.yml", "references.bib", "data/README.md"):
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(notebooks, source / "chapters", ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")])
-    subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", source, "--path-output", out, "-W", "-n", "--keep-going",
-                    "--quiet"], check=True)
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    subprocess.run([jupyter_book, "build", source, "--path-output", out, "-W", "-n", "--keep-going", "--quiet"], check=True)
 
 
 def execute_all(folder: str, **parameters) -> None:
