@@ -59,7 +59,7 @@ refresh: $(ENV)
 # --- data -----------------------------------------------------------------------------------------------------------
 sets: $(ENV)
 	$(BIN)/python -m data.world.sets
-# About an hour on two cores; afterwards everything that depends on the weights is to be made again
+# Over an hour on two cores; afterwards everything that depends on the weights is to be made again
 model: $(ENV) sets
 	$(BIN)/python -m data.world.train
 	$(MAKE) datasheet

@@ -77,7 +77,7 @@ plt.show()
 #
 # ## The model that the book measures
 #
-# Quality needs real weights, so the book brings a model: 3.8 million parameters, trained for an hour on two CPU cores on
+# Quality needs real weights, so the book brings a model: 3.8 million parameters, trained in 79 minutes on two CPU cores on
 # texts about Saltmere, an invented group of islands. In an invented world the truth is known, so each thing that
 # quantization can break is checkable. The [datasheet](../data/README.md) says what it can do and how it was made.
 

@@ -43,7 +43,7 @@ print(f"{lm.config.num_hidden_layers} blocks of width {lm.config.hidden_size}, {
 # ## Four artefacts
 #
 # Each toolkit runs in a process of its own, because importing one patches libraries that the others use. All calibrate on
-# the same 128 windows of 256 tokens. The committed artefacts are read unless `rebuild` is set.
+# the same text, at most 128 windows of 256 tokens. The committed artefacts are read unless `rebuild` is set.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd

@@ -27,10 +27,10 @@ def style() -> AbstractContextManager:
 
 
 def label_ends(ax, lines: dict[str, tuple[float, float, str]], gap: float) -> None:
-    """Write each label at the end of its line, moved apart to at least `gap` (in units of y)."""
-    at = -float("inf")
-    for name, (x, y, colour) in sorted(lines.items(), key=lambda item: item[1][1]):
-        at = max(y, at + gap)
+    """Write each label at the end of its line, moved down to at least `gap` (in units of y) below the one above."""
+    at = float("inf")
+    for name, (x, y, colour) in sorted(lines.items(), key=lambda item: -item[1][1]):
+        at = min(y, at - gap)
         ax.text(x, at, f"  {name}", va="center", color=colour, fontsize=8, clip_on=False)
 
 
@@ -41,7 +41,7 @@ def learning_curves(ax, curve: list[dict], tasks: list[str]) -> None:
         points = [(row["tokens"] / 1e6, 100 * row[task]) for row in curve if task in row]
         [line] = ax.plot(*zip(*points, strict=True), linestyle=("-", "--")[n // 7])
         ends[TASK_NAMES[task]] = (*points[-1], line.get_color())
-    label_ends(ax, ends, gap=5)
+    label_ends(ax, ends, gap=4.5)
     ax.set(xlabel="training tokens (millions)", ylabel="exact answers (%)", ylim=(0, 104))
 
 

@@ -1,4 +1,4 @@
-"""Train the bundled model: `python -m data.world.train` (about an hour on two cores; resumes where it was stopped).
+"""Train the bundled model: `python -m data.world.train` (over an hour on two cores; resumes where it was stopped).
 
 Llama, 4 layers of width 256. Muon (Jordan 2024) for the matrices of the layers, AdamW for the rest. Stages lengthen the
 rows: copying from context is learned first, on short random rows; long contexts come last.
