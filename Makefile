@@ -17,7 +17,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env
+.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env address
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -81,5 +81,8 @@ test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 gpu: PROFILE = gpu
 gpu: $(ENV)
 	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
+# The book's public address, in the one place a Colab reader has it: the first cell of every chapter
+address:
+	sed -i 's|REPOSITORY-UNSET|$(URL)|' chapters/*.py chapters/*.ipynb
 clean:
 	rm -rf _build .cache

@@ -23,6 +23,22 @@
 # every number on these pages comes from a cell that ran, or from a file that says on which machine, with which versions
 # and by which command it was made.
 
+# %% tags=["setup"]
+# On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+BOOK = "REPOSITORY-UNSET"
+if not importlib.util.find_spec("helpers"):
+    if "UNSET" in BOOK:
+        raise RuntimeError("Set BOOK in this cell to the address of the book's git repository; it has no public one yet")
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
+    subprocess.run([sys.executable, "book/helpers/colab.py"], check=True)
+    os.chdir("book/chapters")
+    sys.path.insert(0, os.path.abspath(".."))
+
 # %% tags=["nbval-ignore-output"]
 from helpers.book import start
 
@@ -82,12 +98,12 @@ plt.show()
 # quantization can break is checkable. The [datasheet](../data/README.md) says what it can do and how it was made.
 
 # %%
-from helpers.book import PROFILES
+from helpers.book import settings
 from helpers.models.loading import load
 from helpers.models.texts import applicable, examples
 
-settings = PROFILES[profile] if profile else PROFILES["bundled"] | {"model": model}
-lm, tokenizer = load(settings["model"], settings["revision"], device=settings["device"])
+run_on = settings(model, profile)
+lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
 tasks = applicable(tokenizer, ["facts", "arithmetic", "recall_4", "json", "tool"])
 asked = examples("tune", tasks, limit=1)
 for e in asked:
@@ -154,6 +170,7 @@ plt.show()
 # |---|---|
 # | here, all of it | `make book`, then open `_build/site/_build/html/index.html` |
 # | JupyterLab | `make env`, then `.venv/bin/jupyter lab chapters` (install `jupyterlab` into it first) |
+# | Colab | open a chapter's notebook there, set `BOOK` in the first cell, run; Colab's own torch is left as it is |
 # | another model | set `model` in the second cell of any chapter, or `papermill -p model PATH` |
 # | a workshop | one chapter an hour; the prediction cells are meant to be filled in before the next cell runs |
 #

@@ -21,6 +21,22 @@
 # documentation recommends. Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
 # because their files are still everywhere.
 
+# %% tags=["setup"]
+# On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+BOOK = "REPOSITORY-UNSET"
+if not importlib.util.find_spec("helpers"):
+    if "UNSET" in BOOK:
+        raise RuntimeError("Set BOOK in this cell to the address of the book's git repository; it has no public one yet")
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
+    subprocess.run([sys.executable, "book/helpers/colab.py"], check=True)
+    os.chdir("book/chapters")
+    sys.path.insert(0, os.path.abspath(".."))
+
 # %% tags=["nbval-ignore-output"]
 from helpers.book import start
 
@@ -32,11 +48,11 @@ rebuild = False  # make the toolkits' artefacts anew instead of reading the comm
 profile = None  # a name from helpers/profiles.json, instead of `model`
 
 # %%
-from helpers.book import PROFILES
+from helpers.book import settings
 from helpers.models.loading import load
 
-settings = PROFILES[profile] if profile else PROFILES["bundled"] | {"model": model}
-lm, tokenizer = load(settings["model"], settings["revision"], device=settings["device"])
+run_on = settings(model, profile)
+lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
 print(f"{lm.config.num_hidden_layers} blocks of width {lm.config.hidden_size}, {lm.num_parameters():,} parameters")
 
 # %% [markdown]
@@ -47,11 +63,12 @@ print(f"{lm.config.num_hidden_layers} blocks of width {lm.config.hidden_size}, {
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
+import torch
 
 from helpers.toolkits import artefacts
 
 names = ["bitsandbytes-int8", "bitsandbytes-nf4", "gptqmodel-gptq", "gptqmodel-awq"]
-folders = {name: artefacts.artefact(name, settings["model"], rebuild) for name in names}
+folders = {name: artefacts.artefact(name, run_on["model"], rebuild, run_on["revision"]) for name in names}
 reports = {name: artefacts.report(folder) for name, folder in folders.items()}
 pd.DataFrame({name: {"seconds, with import and load": r["seconds"], "calibration tokens": r["calibration_tokens"],
                      "CPU": r["machine"]["cpu_capability"]} for name, r in reports.items()}).T
@@ -105,15 +122,15 @@ for method in ("fp16", "int8", "nf4", "gptq", "awq"):
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.quality import score
-from helpers.models.texts import applicable, encode, encode_text, examples, text
+from helpers.models.texts import applicable, encode, encode_text, examples, render, text
 
 all_tasks = list(dict.fromkeys(e.task for e in examples("judge")))
-asked = examples("judge", applicable(tokenizer, all_tasks), limit=settings["limit"])
+asked = examples("judge", applicable(tokenizer, all_tasks), limit=run_on["limit"])
 items = [encode(tokenizer, e) for e in asked]
 prose = encode_text(tokenizer, text("tales")[:40])
 full, full_prose = score(lm, items), score(lm, prose)
 
-loaded = {name: artefacts.reload(folder, settings["device"]) for name, folder in folders.items()}
+loaded = {name: artefacts.reload(folder, run_on["device"]) for name, folder in folders.items()}
 scores = {name: score(m, items, lm) for name, m in loaded.items()}
 perplexity = {"16 bits": full_prose.all.perplexity()} | {n: score(m, prose).all.perplexity() for n, m in loaded.items()}
 
@@ -170,6 +187,26 @@ speed = {"16 bits": tokens_per_second(lm)} | {name: tokens_per_second(m) for nam
 pd.DataFrame(speed, index=["median", "fastest"]).T.round(0)
 
 # %% [markdown]
+# ## On other machines
+#
+# `make gpu` runs this chapter on a 7B model and keeps what it measured as a record. The records that are there:
+
+# %% tags=["nbval-ignore-output"]
+from helpers.book import RECORDS
+from helpers.results import Record, read_all, save
+
+if profile:  # the default run is in the cells above
+    measured = {n: {"exact": s.exact.mean(), "kl": s.answer.kl_interval(), "delta_nll": s.answer.delta_nll(full.answer),
+                    "bytes": int(memory.measured[n]), "tokens_per_second": speed[n][0]} for n, s in scores.items()}
+    save(Record(f"pipelines_{profile}", run_on | {"artefacts": measured}), RECORDS)
+for record in (there := read_all("pipelines_")):
+    print(f"{record.data['model']} at {record.data['revision']}, {record.machine['gpu']}, {record.date}:")
+    for name, row in record.data["artefacts"].items():
+        print(f"    {name:18} KL {row['kl'][0]:.4f}  exact {row['exact']:.1%}  {row['tokens_per_second']:.0f} tokens/s")
+if not there:
+    print("none yet: no machine with a GPU has run this book")
+
+# %% [markdown]
 # ## The originals beside their successors
 #
 # auto-gptq and autoawq are archived and need a transformers of 2025. What did they make of the same model, and how much of
@@ -182,16 +219,70 @@ from helpers.toolkits.process import ToolkitMissing
 
 for old, new in (("autogptq-gptq", "gptqmodel-gptq"), ("autoawq-awq", "gptqmodel-awq")):
     try:
-        folder = artefacts.artefact(old, settings["model"], rebuild)
+        folder = artefacts.artefact(old, run_on["model"], rebuild, run_on["revision"])
     except ToolkitMissing as missing:
         print(missing)
         continue
     share = same_codes(folder, folders[new])
-    s = score(artefacts.reload(folder, settings["device"]), items, lm)
+    s = score(artefacts.reload(folder, run_on["device"]), items, lm)
     print(f"{old}: {share:.1%} of its 4-bit codes are those of {new}")
     print(f"    KL {s.answer.kl_interval()}, against {scores[new].answer.kl_interval()}")
 
 # %% [markdown]
+# ## The article's three code examples
+#
+# The article shows three programs. Here they are in spirit, with this model in place of Llama-2-7B and Mistral-7B.
+#
+# *Example 1* loads a GPTQ and an AWQ checkpoint, asks both the same thing, and notes seconds and characters of 96 tokens.
+
+# %% tags=["nbval-ignore-output"]
+import time
+
+question = tokenizer.encode(render(tokenizer, asked[0])[0], add_special_tokens=False, return_tensors="pt").to(lm.device)
+for name in ("gptqmodel-gptq", "gptqmodel-awq"):
+    started = time.perf_counter()
+    out = loaded[name].generate(question, attention_mask=torch.ones_like(question), max_new_tokens=96, do_sample=False)
+    said = tokenizer.decode(out[0, question.shape[1]:], skip_special_tokens=True)
+    print(f"{name}: {time.perf_counter() - started:.2f} s, {len(said)} characters: {said[:60]}")
+
+# %% [markdown]
+# It runs, and says little: one request, no warm-up, and characters are no unit of a model's work. A faster time may only
+# mean that one answer was shorter. The table above answers the question that the example asks.
+#
+# *Example 2* loads a 16-bit checkpoint straight into NF4, with double quantization and bf16 compute, and generates 80
+# tokens. That is the call behind `bitsandbytes-nf4`, without the file:
+
+# %% tags=["nbval-ignore-output"]
+from transformers import AutoModelForCausalLM
+
+from helpers.models.loading import resolve
+from helpers.toolkits.bitsandbytes import config
+
+nf4 = AutoModelForCausalLM.from_pretrained(resolve(run_on["model"], run_on["revision"]), quantization_config=config("nf4"),
+                                           device_map=run_on["device"])
+out = nf4.generate(question, attention_mask=torch.ones_like(question), max_new_tokens=80, do_sample=False)
+print(tokenizer.decode(out[0, question.shape[1]:], skip_special_tokens=True)[:60])
+
+# %% [markdown]
+# *Example 3* quantizes with AutoGPTQ and with AutoAWQ, calibrated on three strings. This is what came of it, in the
+# environment of the originals:
+
+# %%
+try:
+    steps = artefacts.example_3(rebuild)
+except ToolkitMissing:
+    steps = artefacts.example_3()
+for step, outcome in steps.items():
+    print(f"{step}\n    {outcome}")
+
+# %% [markdown]
+# - AutoGPTQ's `quantize` wants token dictionaries. Given strings, as printed, it indexes into the first one and stops.
+#   (GPTQModel takes strings.)
+# - AutoAWQ lays all texts end to end and cuts windows of 512 tokens. Three short prompts do not fill one, so it has
+#   nothing to join, and the message does not say so.
+# - With tokens, or a window that the prompts fill, both finish. That they finish does not make three prompts a
+#   calibration set; chapter 5 measures what they are worth.
+#
 # ## Where it breaks
 #
 # - GPTQModel's AWQ keeps only the last batch if calibration sequences differ in length, and autoawq drops sequences longer

@@ -15,10 +15,29 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from helpers import results
+
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
 BUILD = ROOT / "_build"
+RECORDS = BUILD / "records"  # what chapters measured with a profile; execute-profile copies them to data/results
 PROFILES = json.loads(Path(__file__).with_name("profiles.json").read_text())
+
+
+class RevisionUnset(ValueError):
+    """A profile that names a hub model without saying which revision."""
+
+
+def settings(model: str, profile: str | None = None) -> dict:
+    """What a chapter runs on: the named profile, or the default one with another model (its folder or name).
+
+    Raises KeyError for an unknown profile, RevisionUnset if it would fetch whatever is newest on the hub.
+    """
+    chosen = PROFILES[profile] if profile else PROFILES["bundled"] | {"model": model}
+    if profile and chosen["revision"] is None and "/" in chosen["model"] and not Path(chosen["model"]).is_dir():
+        raise RevisionUnset(f"profile {profile!r} names {chosen['model']} without a revision: look up the commit on its hub "
+                            "page and set it in helpers/profiles.json, so that results can be repeated")
+    return chosen
 
 
 def start(seed: int = 0) -> None:
@@ -30,8 +49,6 @@ def start(seed: int = 0) -> None:
     import matplotlib.pyplot as plt
     import torch
     import transformers
-
-    from helpers import results
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -123,4 +140,7 @@ if __name__ == "__main__":
     elif args.command == "execute-other":
         execute_all("other", model=str(other_model()))
     else:
+        settings("", args.name)
         execute_all(args.name, profile=args.name)
+        for record in sorted(RECORDS.glob("*.json")):
+            print("measured:", shutil.copy(record, results.RESULTS))

@@ -98,3 +98,8 @@ def read(name: str, folder: Path = RESULTS) -> Record:
         raise BadRecord(f"{path} is missing: there is no measurement of that name yet") from error
     except (json.JSONDecodeError, TypeError) as error:
         raise BadRecord(f"{path} is not a record, it may be cut short: {error}") from error
+
+
+def read_all(prefix: str, folder: Path = RESULTS) -> list[Record]:
+    """All records whose name begins with `prefix`, by name; none is no error."""
+    return [read(path.stem, folder) for path in sorted(folder.glob(f"{prefix}*.json"))]

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
-from helpers.models.loading import BUNDLED, DATA, ModelUnavailable, load, resolve
+from helpers.models.loading import BUNDLED, DATA, ModelUnavailable, resolve
 from helpers.models.texts import calibration, windows
-from helpers.results import folder_hash, versions
+from helpers.results import Record, folder_hash, read, save, versions
 from helpers.toolkits.process import ROOT, Job, ToolkitMissing, run
 
 COMMITTED = DATA / "artefacts"
 CACHE = ROOT / ".cache" / "artefacts"
+EXAMPLE_3 = "article_example_3"
 CALIBRATION = {"name": "instructions", "length": 256, "count": 128}
 
 
@@ -47,14 +48,14 @@ ARTEFACTS = {
 }
 
 
-def _job(name: str, model: str) -> Job:
-    source, method = resolve(model), ARTEFACTS[name].method
+def _job(name: str, model: str, revision: str | None) -> Job:
+    source, method = resolve(model, revision), ARTEFACTS[name].method
     tokens = []
     if method in ("gptq", "awq"):
-        tokenizer = load(model).tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(source)
         length = min(CALIBRATION["length"], tokenizer.model_max_length)
         tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, CALIBRATION["count"])
-    return Job(method, source, tokens)
+    return Job(method, str(source), tokens)
 
 
 def _key(name: str, job: Job) -> str:
@@ -64,7 +65,7 @@ def _key(name: str, job: Job) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
-def artefact(name: str, model: str = "bundled", rebuild: bool = False) -> Path:
+def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
     """The folder of an artefact.
 
     For the bundled model the committed one, unless `rebuild`; else one from the cache, built now if it is not there
@@ -73,7 +74,7 @@ def artefact(name: str, model: str = "bundled", rebuild: bool = False) -> Path:
     committed = COMMITTED / name
     if model == "bundled" and not rebuild and committed.is_dir():
         return committed
-    job = _job(name, model)
+    job = _job(name, model, revision)
     out = CACHE / f"{name}-{_key(name, job)}"
     if not out.is_dir():
         spec = ARTEFACTS[name]
@@ -107,6 +108,14 @@ def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+def example_3(rebuild: bool = False) -> dict[str, str]:
+    """What came of each call of the article's third code example (helpers/toolkits/article.py): the committed record, or
+    with `rebuild` a run now, half a minute. Raises what `run` raises."""
+    if not rebuild:
+        return read(EXAMPLE_3).data["steps"]
+    return run("article", Job("example", str(BUNDLED)), CACHE / EXAMPLE_3, originals=True)["steps"]
+
+
 def build_all(model: str, commit: bool) -> None:
     """Build every artefact into the cache; with `commit`, copy those of the bundled model to data/artefacts."""
     missing = []
@@ -121,6 +130,8 @@ def build_all(model: str, commit: bool) -> None:
             shutil.rmtree(COMMITTED / name, ignore_errors=True)
             # the tokenizer is in data/model
             shutil.copytree(built, COMMITTED / name, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "*.csv"))
+    if commit and not missing:
+        save(Record(EXAMPLE_3, {"steps": example_3(rebuild=True)}, model_sha256=folder_hash(BUNDLED)))
     for line in missing:
         print(line, file=sys.stderr)
 
@@ -130,6 +141,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--commit", action="store_true", help=f"replace {COMMITTED.relative_to(ROOT)} (make refresh)")
     args = parser.parse_args()
-    if args.commit and resolve(args.model) != str(BUNDLED):
+    if args.commit and resolve(args.model) != BUNDLED:
         parser.error("--commit is for the bundled model alone")
     build_all(args.model, args.commit)

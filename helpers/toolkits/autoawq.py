@@ -4,9 +4,11 @@ from pathlib import Path
 
 from helpers.toolkits.process import Job, main
 
+SETTINGS = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 
-def quantize(job: Job, out: Path) -> dict:
-    """AWQ by autoawq on a CPU, with its aliasing bug worked around.
+
+def load(source: str):
+    """The model of folder `source` in autoawq's hands on a CPU, with its aliasing bug worked around.
 
     Its scale search keeps a backup of the weights as {name: weight.cpu()}. On a GPU that copies; on a CPU it is the
     very same tensor, so the "backup" is scaled along with the weights and each candidate starts from the one before.
@@ -15,7 +17,6 @@ def quantize(job: Job, out: Path) -> dict:
     import torch
     from awq import AutoAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
-    from transformers import AutoTokenizer
 
     search = AwqQuantizer._compute_best_scale
 
@@ -28,13 +29,18 @@ def quantize(job: Job, out: Path) -> dict:
             torch.Tensor.cpu = plain
 
     AwqQuantizer._compute_best_scale = search_on_copies
-    settings = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"} | job.settings
-    longest = max(map(len, job.tokens))
-    tokenizer = AutoTokenizer.from_pretrained(job.source)
-    model = AutoAWQForCausalLM.from_pretrained(job.source, device_map="cpu", torch_dtype=torch.float16, safetensors=True)
+    return AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=torch.float16, safetensors=True)
+
+
+def quantize(job: Job, out: Path) -> dict:
+    """AWQ by autoawq."""
+    from transformers import AutoTokenizer
+
+    model = load(job.source)
     # token lists go through untouched; one longer than max_calib_seq_len would be dropped without a word
-    model.quantize(tokenizer, quant_config=settings, calib_data=[list(t) for t in job.tokens],
-                   max_calib_samples=len(job.tokens), max_calib_seq_len=longest)
+    model.quantize(AutoTokenizer.from_pretrained(job.source), quant_config=SETTINGS | job.settings,
+                   calib_data=[list(t) for t in job.tokens], max_calib_samples=len(job.tokens),
+                   max_calib_seq_len=max(map(len, job.tokens)))
     model.save_quantized(str(out), safetensors=True)
     return {"toolkit": "autoawq"}
 

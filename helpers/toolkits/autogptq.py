@@ -5,8 +5,8 @@ from pathlib import Path
 from helpers.toolkits.process import Job, main
 
 
-def quantize(job: Job, out: Path) -> dict:
-    """GPTQ by auto-gptq on a CPU.
+def wrap(source: str, **settings):
+    """The model of folder `source` in auto-gptq's hands, on a CPU.
 
     `from_pretrained` insists on CUDA, so the model is loaded first and handed over, with its two mentions of a GPU
     pointed at the CPU.
@@ -19,12 +19,23 @@ def quantize(job: Job, out: Path) -> dict:
 
     _base.CUDA_0 = torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
-    settings = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.01} | job.settings
-    model = AutoModelForCausalLM.from_pretrained(job.source, torch_dtype=torch.float32, use_safetensors=True)
+    settings = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.01} | settings
+    model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True)
     model.seqlen = model.config.max_position_embeddings
-    wrapped = LlamaGPTQForCausalLM(model, False, BaseQuantizeConfig(**settings))
-    rows = [{"input_ids": torch.tensor([t]), "attention_mask": torch.ones(1, len(t), dtype=torch.long)} for t in job.tokens]
-    wrapped.quantize(rows, cache_examples_on_gpu=False)
+    return LlamaGPTQForCausalLM(model, False, BaseQuantizeConfig(**settings))
+
+
+def rows(tokens) -> list[dict]:
+    """Token sequences in the form that its `quantize` takes."""
+    import torch
+
+    return [{"input_ids": torch.tensor([t]), "attention_mask": torch.ones(1, len(t), dtype=torch.long)} for t in tokens]
+
+
+def quantize(job: Job, out: Path) -> dict:
+    """GPTQ by auto-gptq."""
+    wrapped = wrap(job.source, **job.settings)
+    wrapped.quantize(rows(job.tokens), cache_examples_on_gpu=False)
     wrapped.model.half()  # solved in fp32; what is not quantized is stored in fp16 like the source
     wrapped.save_quantized(str(out), use_safetensors=True)
     # transformers 5 looks for this name

@@ -22,10 +22,11 @@ def config(method: str, **settings):
 
 def quantize(job: Job, out: Path) -> dict:
     """Load with quantization and save at once: a forward pass on some CPUs repacks the weights and degrades the file."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(job.source, quantization_config=config(job.method, **job.settings),
-                                                 device_map="cpu")
+                                                 device_map="cuda" if torch.cuda.is_available() else "cpu")
     model.save_pretrained(out)
     return {"toolkit": "bitsandbytes"}
 

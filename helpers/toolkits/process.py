@@ -78,7 +78,7 @@ def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: flo
         with log.open("w") as f:
             try:
                 done = subprocess.run([sys.executable, "-m", f"helpers.toolkits.{toolkit}", str(job_file), str(artefact)],
-                                      env=env, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+                                      env=env, cwd=temporary, stdout=f, stderr=subprocess.STDOUT, timeout=timeout, check=False)
                 ended = f"ended with exit status {done.returncode}"
             except subprocess.TimeoutExpired:
                 ended = f"did not finish in {timeout:.0f} s"
