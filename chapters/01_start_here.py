@@ -23,7 +23,7 @@
 # every number on these pages comes from a cell that ran, or from a file that says on which machine, with which versions
 # and by which command it was made.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
 import importlib.util
 import os

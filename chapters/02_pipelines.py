@@ -21,7 +21,7 @@
 # documentation recommends. Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
 # because their files are still everywhere.
 
-# %% tags=["setup"]
+# %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
 import importlib.util
 import os
@@ -121,18 +121,18 @@ for method in ("fp16", "int8", "nf4", "gptq", "awq"):
 # change of the loss on the right answers (ΔNLL), and the answers that are right.
 
 # %% tags=["nbval-ignore-output"]
-from helpers.measure.quality import score
+from helpers.measure.quality import compare
 from helpers.models.texts import applicable, encode, encode_text, examples, render, text
 
 all_tasks = list(dict.fromkeys(e.task for e in examples("judge")))
 asked = examples("judge", applicable(tokenizer, all_tasks), limit=run_on["limit"])
 items = [encode(tokenizer, e) for e in asked]
 prose = encode_text(tokenizer, text("tales")[:40])
-full, full_prose = score(lm, items), score(lm, prose)
 
 loaded = {name: artefacts.reload(folder, run_on["device"]) for name, folder in folders.items()}
-scores = {name: score(m, items, lm) for name, m in loaded.items()}
-perplexity = {"16 bits": full_prose.all.perplexity()} | {n: score(m, prose).all.perplexity() for n, m in loaded.items()}
+scores = compare({"16 bits": lm} | loaded, items, reference=lm)
+perplexity = {name: s.all.perplexity() for name, s in compare({"16 bits": lm} | loaded, prose).items()}
+full = scores.pop("16 bits")
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.stats import mcnemar
@@ -217,16 +217,19 @@ if not there:
 from helpers.toolkits.compare import same_codes
 from helpers.toolkits.process import ToolkitMissing
 
-for old, new in (("autogptq-gptq", "gptqmodel-gptq"), ("autoawq-awq", "gptqmodel-awq")):
+successors = {"autogptq-gptq": "gptqmodel-gptq", "autoawq-awq": "gptqmodel-awq"}
+originals = {}
+for old in successors:
     try:
-        folder = artefacts.artefact(old, run_on["model"], rebuild, run_on["revision"])
+        originals[old] = artefacts.artefact(old, run_on["model"], rebuild, run_on["revision"])
     except ToolkitMissing as missing:
         print(missing)
-        continue
-    share = same_codes(folder, folders[new])
-    s = score(artefacts.reload(folder, run_on["device"]), items, lm)
-    print(f"{old}: {share:.1%} of its 4-bit codes are those of {new}")
-    print(f"    KL {s.answer.kl_interval()}, against {scores[new].answer.kl_interval()}")
+if originals:
+    old_scores = compare({old: artefacts.reload(f, run_on["device"]) for old, f in originals.items()}, items, lm)
+    for old, s in old_scores.items():
+        new = successors[old]
+        print(f"{old}: {same_codes(originals[old], folders[new]):.1%} of its 4-bit codes are those of {new}")
+        print(f"    KL {s.answer.kl_interval()}, against {scores[new].answer.kl_interval()}")
 
 # %% [markdown]
 # ## The article's three code examples

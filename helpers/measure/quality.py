@@ -5,7 +5,7 @@ Everything is kept per text, so that two models are compared text by text (helpe
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,36 +90,46 @@ def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, batch_tokens: int = 2048,
-          progress: bool = False) -> Scores:
-    """Score each item by `model`, against `reference` if given (else KL is 0 and agreement 1).
+def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: nn.Module | None = None,
+            batch_tokens: int = 2048, progress: bool = False) -> dict[str, Scores]:
+    """Score each item by each model, against `reference` if given (else KL is 0 and agreement 1).
 
-    Raises ValueError if there is nothing to score or the model puts out something that is not finite.
+    The reference runs once for all of them; it may be among the models. Raises ValueError if there is nothing to score or
+    a model puts out something that is not finite.
     """
     if not items:
         raise ValueError("items: expected at least one text to score, got none")
-    sums = np.zeros((2, 4, len(items)))  # (all, answer) x (nll, kl, agree, tokens) x items
-    exact = np.zeros(len(items), dtype=bool)
+    sums = {name: np.zeros((2, 4, len(items))) for name in models}  # (all, answer) x (nll, kl, agree, tokens) x items
+    exact = {name: np.zeros(len(items), dtype=bool) for name in models}
     for batch in tqdm(list(_batches(items, batch_tokens)), disable=not progress, desc="score", leave=False):
-        rows = [torch.tensor(items[i].ids, device=model.device) for i in batch]
+        rows = [torch.tensor(items[i].ids) for i in batch]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: causal attention never looks there
-        targets = ids[:, 1:]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        against = logits if reference is None else reference(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        values = _compare(logits, against, targets)
-        if not torch.isfinite(values).all():
-            raise ValueError("the model's logits are not finite: its weights are damaged or overflow in this dtype")
-        right = logits.argmax(-1) == targets
-        position = torch.arange(1, ids.shape[1], device=ids.device)  # of the predicted token
-        length = torch.tensor([len(r) for r in rows], device=ids.device)[:, None]
-        start = torch.tensor([items[i].start for i in batch], device=ids.device)[:, None]
-        everything = position < length
-        answer = everything & (position >= start)
-        for n, mask in enumerate((everything, answer)):
-            sums[n, :3, batch] = (values * mask).sum(2).T.cpu().numpy()
-            sums[n, 3, batch] = mask.sum(1).cpu().numpy()
-        exact[batch] = (right | ~answer).all(1).cpu().numpy()
-    return Scores(np.array([i.task for i in items]), Sums(*sums[0]), Sums(*sums[1]), exact)
+        position = torch.arange(1, ids.shape[1])  # of the predicted token
+        everything = position < torch.tensor([len(r) for r in rows])[:, None]
+        answer = everything & (position >= torch.tensor([items[i].start for i in batch])[:, None])
+        against = None if reference is None else _logits(reference, ids)
+        for name, model in models.items():
+            logits = against if model is reference else _logits(model, ids)
+            targets = ids[:, 1:].to(logits.device)
+            values = _compare(logits, logits if against is None else against, targets).cpu()
+            if not torch.isfinite(values).all():
+                raise ValueError("the model's logits are not finite: its weights are damaged or overflow in this dtype")
+            for n, mask in enumerate((everything, answer)):
+                sums[name][n, :3, batch] = (values * mask).sum(2).T.numpy()
+                sums[name][n, 3, batch] = mask.sum(1).numpy()
+            exact[name][batch] = ((logits.argmax(-1) == targets).cpu() | ~answer).all(1).numpy()
+    tasks = np.array([i.task for i in items])
+    return {name: Scores(tasks, Sums(*sums[name][0]), Sums(*sums[name][1]), exact[name]) for name in models}
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits for the tokens after the first, fp32 [batch, length - 1, vocabulary]."""
+    return model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
+
+
+def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, **options) -> Scores:
+    """`compare` for a single model."""
+    return compare({"model": model}, items, reference, **options)["model"]
 
 
 @torch.inference_mode()
