@@ -34,7 +34,8 @@ BOOK = "REPOSITORY-UNSET"
 if not importlib.util.find_spec("helpers"):
     if "UNSET" in BOOK:
         raise RuntimeError("Set BOOK in this cell to the address of the book's git repository; it has no public one yet")
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
+    if not os.path.isdir("book"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
     subprocess.run([sys.executable, "book/helpers/colab.py"], check=True)
     os.chdir("book/chapters")
     sys.path.insert(0, os.path.abspath(".."))
