@@ -10,6 +10,8 @@ import jupytext
 import pytest
 import yaml
 
+from helpers.book import RevisionUnset, settings
+
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -83,3 +85,16 @@ def test_nothing_of_one_machine_is_committed():
     # made up of parts, so that this file does not contain them
     found = [f.name for f in text if re.search("/" + "root/|/" + "work/|/" + "home/", f.read_text(errors="replace"))]
     assert not found
+
+
+def test_setup_cells_are_one():
+    """Colab readers have the notebook alone, so each carries the setup cell, with the one address of the book."""
+    cells = [jupytext.read(p).cells[1] for p in CHAPTERS]
+    assert all("setup" in c.metadata["tags"] for c in cells) and len({c.source for c in cells}) == 1
+
+
+@pytest.mark.parametrize("profile, error", [("small", RevisionUnset), ("nothing", KeyError)])
+def test_profiles_are_checked(profile, error):
+    with pytest.raises(error):
+        settings("", profile)
+    assert settings("some/folder")["model"] == "some/folder"

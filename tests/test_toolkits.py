@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,3 +82,22 @@ def test_same_codes(tmp_path):
     assert same_codes(tmp_path / "a", tmp_path / "b") == 15 / 16
     with pytest.raises(ValueError, match="same packed linears"):
         same_codes(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for the full disk: the toolkit's process cannot write its 3 MB of weights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(ToolkitFailed, match="bitsandbytes"):
+            run("bitsandbytes", Job("nf4", SOURCE), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_example_3_is_on_record():
+    """The article's third example fails as printed, and runs with tokens."""
+    steps = artefacts.example_3()
+    assert steps["AutoGPTQ, three strings, as printed"].startswith("TypeError")
+    assert steps["AutoGPTQ, the strings as tokens"] == "done"
