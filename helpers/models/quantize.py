@@ -1,13 +1,117 @@
-"""A whole model through one method, simulated: weights are replaced by their reconstruction, in the model's dtype."""
+"""A whole model through one method, block by block; the weights end up simulated (W_hat in place of W) and as codes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from helpers.models.layers import linears
-from helpers.quantizers.affine import GroupSizeError, round_to_nearest
+from helpers.models.calibration import Gram, Walk
+from helpers.models.layers import architecture, linears
+from helpers.models.scaling import awq_as_autoawq, awq_block
+from helpers.models.scheme import Outcome, Scheme
+from helpers.quantizers.affine import GroupSizeError, Quantized, decibel, fit_qparams, on_grid, output_error, round_to_nearest
+from helpers.quantizers.awq import quantize_awq
+from helpers.quantizers.gptq import gptq, gptq_columns
+from helpers.quantizers.nf4 import NF4, dequantize_nf4, quantize_nf4
+
+
+def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[Sequence[int]] = (),
+                   done: Callable[[str, nn.Module, Outcome], None] | None = None, progress: bool = False) -> Outcome:
+    """Quantize the linears inside the blocks, in place: each weight becomes its W_hat, norms take AWQ's scales.
+
+    Later blocks, and later groups inside a block (true_sequential), are calibrated on the outputs of those already
+    quantized. `done(name, block, outcome)` is called after each block: with a `Walk.from_folder` its weights go away then.
+    Linears whose width the group does not divide stay as they are, and are listed. Raises ValueError for calibration
+    sequences that are missing or too long, HessianError if calibration leaves a linear without usable inputs.
+    """
+    walk = model if isinstance(model, Walk) else Walk(model)
+    outcome, (_, groups, folds) = Outcome(), architecture(walk.model)
+    calibrated = scheme.method not in ("rtn", "nf4")
+    if calibrated:
+        # auto-gptq adds up sequence by sequence, autoawq sends all through at once
+        at_once = {"gptq": 1, "awq": 2**62}[scheme.method] if scheme.reference else 4096
+        outcome.tokens = walk.begin(sequences, at_once)
+    for name, block in tqdm(walk.blocks(), total=walk.model.config.num_hidden_layers, disable=not progress, desc="blocks"):
+        if scheme.method.startswith("awq"):
+            if scheme.reference:
+                awq_as_autoawq(walk, block, name, folds, scheme, outcome)
+            else:
+                awq_block(block, name, walk.grams(block, groups), folds, scheme, outcome)
+        if not calibrated or scheme.method == "awq" or not scheme.true_sequential:
+            grams = walk.grams(block, groups) if scheme.method.endswith("gptq") else None
+            quantize_linears(block, name, [n for g in groups for n in g], grams, scheme, outcome)
+        else:
+            for group in groups:
+                quantize_linears(block, name, group, walk.grams(block, [group]), scheme, outcome)
+        if calibrated and not (scheme.reference and scheme.method == "awq"):  # autoawq goes on with full precision
+            walk.advance(block)
+        if done:
+            done(name, block, outcome)
+    return outcome
+
+
+@torch.no_grad()
+def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams: Mapping[str, Gram] | None, scheme: Scheme,
+                     outcome: Outcome) -> None:
+    """Quantize these linears of a block, given what calibration kept of their inputs; those that share it are stacked."""
+    for settings, same in _alike(prefix, names, grams, scheme, outcome):
+        stacked = torch.cat([block.get_submodule(n).weight for n in same])
+        gram = grams[same[0]] if grams else None
+        try:
+            found, damping = _solve(stacked, gram, settings)
+        except GroupSizeError:
+            outcome.skipped += [f"{prefix}.{n}" for n in same]
+            continue
+        W_hat = dequantize_nf4(found) if isinstance(found, NF4) else found.dequantize()
+        rows = [block.get_submodule(n).out_features for n in same]
+        for n, part, before, after in zip(same, _rows(found, rows), stacked.split(rows), W_hat.split(rows), strict=True):
+            outcome.codes[f"{prefix}.{n}"] = part
+            block.get_submodule(n).weight.copy_(after)
+            if damping is not None:
+                outcome.damp_percent[f"{prefix}.{n}"] = damping
+            if gram is not None:
+                signal = output_error(before, gram.H)
+                outcome.error_db[f"{prefix}.{n}"] = decibel(output_error(before - after, gram.H), signal)
+
+
+def _alike(prefix: str, names: Sequence[str], grams, scheme: Scheme, outcome: Outcome) -> Iterator[tuple[Scheme, list[str]]]:
+    """Linears that share their input and their settings, together; those to be left alone go on the list."""
+    sets: dict[tuple, tuple[Scheme, list[str]]] = {}
+    for n in names:
+        settings = scheme.at(f"{prefix}.{n}")
+        if settings is None:
+            outcome.skipped.append(f"{prefix}.{n}")
+            continue
+        shared = id(grams[n]) if grams else n
+        key = (n if scheme.reference else shared, settings.bits, settings.group_size, settings.sym, settings.desc_act)
+        sets.setdefault(key, (settings, []))[1].append(n)
+    yield from sets.values()
+
+
+def _solve(W: Tensor, gram: Gram | None, s: Scheme) -> tuple[Quantized | NF4, float | None]:
+    """One (stacked) weight by the scheme's method: its codes, and the damping if there was any."""
+    if s.method == "nf4":
+        return quantize_nf4(W), None
+    if s.method.endswith("gptq"):
+        if s.reference:
+            return gptq_columns(W, gram.H, s.bits, s.group_size, s.sym, s.desc_act, s.damp_percent)
+        return gptq(W, gram.H, s.bits, s.group_size, s.sym, s.desc_act, s.damp_percent, s.search)
+    if s.method == "awq":
+        return quantize_awq(W, s.bits, s.group_size), None
+    return on_grid(W, fit_qparams(W, s.bits, s.group_size, s.sym)), None
+
+
+def _rows(found: Quantized | NF4, rows: Sequence[int]) -> Iterator[Quantized | NF4]:
+    """The parts of a stacked result."""
+    if isinstance(found, NF4):  # never stacked: its blocks run on from row to row
+        yield found
+        return
+    scale, zero = found.grid.scale.split(rows), found.grid.zero_point.split(rows)
+    for codes, s, z in zip(found.codes.split(rows), scale, zero, strict=True):
+        yield Quantized(codes, replace(found.grid, scale=s, zero_point=z), found.g_idx)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """The uniform (affine) grid: real = (q - zero_point) * scale, with integer codes q and one scale per group of a row.
 
-Round-to-nearest on this grid (RTN) is the baseline that every other method of the book is held against.
+Round-to-nearest on this grid (RTN) is the baseline that every other method of the book is held against. The error that
+counts is the output's: ||W X - W_hat X||^2 = tr(dW H dW^T) with H = X X^T, so a data set enters as one matrix.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,22 @@ class QParams:
         return self.scale.shape[1]
 
 
+def check(W: Float[Tensor, "out in_"], bits: int, group_size: int) -> int:
+    """The width of a group. Raises GroupSizeError if it does not divide the row, ValueError for other bits than 2..8 or
+    weights that are not finite."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: expected 2 to 8, got {bits}")
+    width = W.shape[1]
+    group_size = width if group_size == -1 else group_size
+    if group_size < 1 or width % group_size:
+        raise GroupSizeError(f"group_size {group_size} does not divide the {width} inputs of a weight {tuple(W.shape)}; "
+                             "choose a divisor, or -1 for one group a row")
+    # a sum is finite only if all terms are; the slower test decides only where a sum of finite terms overflows
+    if not W.sum().isfinite() and not W.isfinite().all():
+        raise ValueError(f"weight {tuple(W.shape)} has {(~torch.isfinite(W)).sum()} values that are NaN or infinite")
+    return group_size
+
+
 def fit_qparams(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = -1, sym: bool = True) -> QParams:
     """The grid that just covers each group of `group_size` weights along a row (-1: the whole row).
 
@@ -37,18 +55,9 @@ def fit_qparams(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = -1
     >>> q.scale.item(), q.zero_point.item()
     (1.0, 1.0)
 
-    Raises GroupSizeError if the group does not divide the row, ValueError for other bits than 2..8 or weights that are
-    not finite.
+    Raises what `check` does.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits: expected 2 to 8, got {bits}")
-    width = W.shape[1]
-    group_size = width if group_size == -1 else group_size
-    if group_size < 1 or width % group_size:
-        raise GroupSizeError(f"group_size {group_size} does not divide the {width} inputs of a weight {tuple(W.shape)}; "
-                             "choose a divisor, or -1 for one group a row")
-    if not torch.isfinite(W).all():
-        raise ValueError(f"weight {tuple(W.shape)} has {(~torch.isfinite(W)).sum()} values that are NaN or infinite")
+    group_size = check(W, bits, group_size)
     grouped = W.float().unflatten(1, (-1, group_size))  # [out, groups, group_size]
     qmax = 2**bits - 1
     if sym:
@@ -63,6 +72,25 @@ def fit_qparams(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = -1
     if zero_point is None:
         zero_point = torch.round(-low / scale)
     return QParams(scale, zero_point, qmax)
+
+
+def search_qparams(W: Float[Tensor, "out in_"], importance: Float[Tensor, " in_"], bits: int = 4, group_size: int = -1,
+                   sym: bool = True, steps: int = 20, smallest: float = 0.5) -> QParams:
+    """The grid of each group, shrunk so that sum_k importance_k (w_k - w_hat_k)^2 is least over `steps` shrink factors.
+
+    With importance = diag(H) that is the group's output error if inputs were uncorrelated. Raises as `fit_qparams`.
+    """
+    widest = fit_qparams(W, bits, group_size, sym)
+    grouped = W.float().unflatten(1, (widest.groups, -1))
+    weight = importance.unflatten(0, (widest.groups, -1))
+    best, least = widest.scale, torch.full_like(widest.scale, torch.inf)
+    for shrink in torch.linspace(1, smallest, steps).tolist():
+        scale = shrink * widest.scale[..., None]
+        q = (torch.round(grouped / scale) + widest.zero_point[..., None]).clamp_(0, widest.qmax)
+        error = ((q - widest.zero_point[..., None]).mul_(scale).sub_(grouped).square_() * weight).sum(2)
+        best = torch.where(error < least, scale[..., 0], best)
+        least = torch.minimum(error, least)
+    return QParams(best, widest.zero_point, widest.qmax)
 
 
 def quantize(W: Float[Tensor, "out in_"], q: QParams) -> Int[Tensor, "out in_"]:
@@ -83,3 +111,32 @@ def round_to_nearest(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int
     """W through the grid and back, in the dtype of W: the RTN baseline."""
     q = fit_qparams(W, bits, group_size, sym)
     return dequantize(quantize(W, q), q).to(W.dtype)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as codes on a grid. `g_idx` names the group of each column: columns of a group need not be neighbours."""
+
+    codes: Int[Tensor, "out in_"]
+    grid: QParams
+    g_idx: Int[Tensor, " in_"]
+
+    def dequantize(self) -> Float[Tensor, "out in_"]:
+        """W_hat, fp32."""
+        return (self.codes - self.grid.zero_point[:, self.g_idx]) * self.grid.scale[:, self.g_idx]
+
+
+def on_grid(W: Float[Tensor, "out in_"], grid: QParams) -> Quantized:
+    """Round to nearest on a given grid."""
+    g_idx = torch.arange(W.shape[1], device=W.device) // (W.shape[1] // grid.groups)
+    return Quantized(quantize(W, grid), grid, g_idx)
+
+
+def output_error(dW: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"]) -> float:
+    """||dW X||^2 = tr(dW H dW^T), for H = X X^T (any other factor in H is in the result too)."""
+    return float(((dW @ H) * dW).sum(dtype=torch.float64))
+
+
+def decibel(error: float, signal: float) -> float:
+    """10 log10(error / signal): -20 dB is an error of 1 % of the signal's energy."""
+    return 10 * math.log10(error / signal)

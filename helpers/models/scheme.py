@@ -1,0 +1,55 @@
+"""What is asked of a quantization, and what became of it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from helpers.quantizers.affine import Quantized
+from helpers.quantizers.nf4 import NF4
+
+METHODS = ("rtn", "gptq", "awq", "awq+gptq", "nf4")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the linears of a model are quantized.
+
+    `overrides` maps a regular expression on a linear's name to other settings for it, or to None: it stays in 16 bits.
+    `search` looks for the group scales of least output error. `reference` follows the archived toolkits number for number
+    (gptq: auto-gptq; awq: autoawq, with autoawq's objective, the block's output).
+    """
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.01
+    search: bool = False
+    clip: bool = True
+    true_sequential: bool = True
+    reference: bool = False
+    overrides: Mapping[str, Mapping | None] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
+
+    def at(self, name: str) -> "Scheme | None":
+        """The settings for one linear; the first override that matches decides."""
+        for pattern, settings in self.overrides.items():
+            if re.search(pattern, name):
+                return None if settings is None else replace(self, **settings)
+        return self
+
+
+@dataclass
+class Outcome:
+    """What became of a model: codes by linear, linears left in 16 bits, output error in dB, damping that GPTQ took."""
+
+    codes: dict[str, Quantized | NF4] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    error_db: dict[str, float] = field(default_factory=dict)
+    damp_percent: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
