@@ -49,6 +49,10 @@ class Gram:
         self.absolute += X.abs().sum(0)
         self.tokens += len(X)
 
+    def x_mean(self) -> Tensor:
+        """Mean |x| of each channel."""
+        return self.absolute / self.tokens
+
     def scaled(self, s: Tensor) -> "Gram":
         """That of X / s."""
         return Gram(self.H / s / s[:, None], self.absolute / s, self.tokens)
@@ -71,6 +75,11 @@ class Walk:
     model: nn.Module
     folder: Path | None = None  # where the weights are, if the model is an empty shell
     batches: list[Batch] = field(default_factory=list)
+    outside: list[str] = field(init=False)  # names of the parameters outside of the blocks, tied ones once
+
+    def __post_init__(self):
+        path = architecture(self.model).blocks
+        self.outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{path}.")]
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Walk":
@@ -109,10 +118,7 @@ class Walk:
         if (longest := max(map(len, sequences))) > context:
             raise ValueError(f"sequences: one has {longest} tokens, the model's context is {context}; cut it")
         path = architecture(self.model).blocks
-        head = self.model.get_output_embeddings()
-        outside = [n for n, p in self.model.named_parameters() if not n.startswith(f"{path}.") and p is not head.weight]
-        if head.weight is self.model.get_input_embeddings().weight:
-            outside += [n for n, p in self.model.named_parameters() if p is head.weight]
+        needed = [n for n in self.outside if not n.startswith("lm_head.")]
 
         def catch(args, kwargs):
             kwargs = dict(kwargs)
@@ -120,7 +126,7 @@ class Walk:
             self.batches.append(Batch(hidden, kwargs))
             raise _Enough
 
-        with self.present(outside), hooked([(self.model.get_submodule(path)[0], catch)]):
+        with self.present(needed), hooked([(self.model.get_submodule(path)[0], catch)]):
             for ids in _batches(sequences, batch_tokens):
                 _run(lambda ids=ids: self.model(input_ids=ids, use_cache=False))
         return sum(len(s) for s in sequences)

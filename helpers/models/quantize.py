@@ -73,8 +73,8 @@ def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams:
             if damping is not None:
                 outcome.damp_percent[f"{prefix}.{n}"] = damping
             if gram is not None:
-                signal = output_error(before, gram.H)
-                outcome.error_db[f"{prefix}.{n}"] = decibel(output_error(before - after, gram.H), signal)
+                signal = output_error(before.float(), gram.H)
+                outcome.error_db[f"{prefix}.{n}"] = decibel(output_error(before.float() - after, gram.H), signal)
 
 
 def _alike(prefix: str, names: Sequence[str], grams, scheme: Scheme, outcome: Outcome) -> Iterator[tuple[Scheme, list[str]]]:
