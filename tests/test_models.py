@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -45,8 +46,6 @@ def test_rtn_leaves_the_original_and_lists_what_no_group_fits(tiny):
 
 
 def test_outliers_change_no_bit_of_the_output(tiny):
-    import copy
-
     ids = torch.arange(40)[None]
     loud = add_outliers(copy.deepcopy(tiny), channels=3, factor=32)
     assert torch.equal(loud(ids).logits, tiny(ids).logits)
@@ -83,8 +82,7 @@ def test_damaged_and_unreachable_models_say_what_to_do(tmp_path, monkeypatch):
 
 
 def test_tied_and_16_bit_models_load(tiny, tmp_path):
-    tiny.half().save_pretrained(tmp_path)
-    tiny.float()
+    copy.deepcopy(tiny).half().save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, tmp_path)
     model, _ = load(str(tmp_path))

@@ -79,7 +79,8 @@ class Walk:
 
     def __post_init__(self):
         path = architecture(self.model).blocks
-        self.outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{path}.")]
+        tied = (self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else ()
+        self.outside = [n for n, _ in self.model.named_parameters() if not n.startswith(f"{path}.") and n not in tied]
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Walk":

@@ -222,7 +222,7 @@ def load_simulated(folder: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors |= {f"{n}.weight": dequantize_nf4(q) if isinstance(q, NF4) else q.dequantize() for n, q in linears.items()}
     missing, unknown = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    missing = [n for n in missing if n not in getattr(model, "_tied_weights_keys", ()) or not config.tie_word_embeddings]
+    missing = set(missing) - set(model._tied_weights_keys or () if config.tie_word_embeddings else ())
     unknown = [n for n in unknown if not n.endswith(".bias")]  # auto-gptq writes biases of zero to models that have none
     if missing or unknown:
         raise BadCheckpoint(f"{folder}: missing {missing}, unknown {unknown}")

@@ -1,0 +1,161 @@
+"""Whole models: calibration, schemes, artefacts; on small random models of every architecture in the table."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from helpers.models.calibration import Walk
+from helpers.models.checkpoints import PROVENANCE, BadCheckpoint, load_simulated, quantize_to, read_artefact
+from helpers.models.layers import ARCHITECTURES, linears
+from helpers.models.loading import BUNDLED
+from helpers.models.quantize import quantize_model
+from helpers.models.scheme import Scheme
+from helpers.results import folder_hash
+
+SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+GATED = SIZES | {"intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+CONFIGS = {"llama": LlamaConfig(**GATED, tie_word_embeddings=True), "mistral": MistralConfig(**GATED),
+           "qwen2": Qwen2Config(**GATED), "qwen3": Qwen3Config(**GATED),
+           "opt": OPTConfig(**SIZES, ffn_dim=256, word_embed_proj_dim=128)}
+TOKENS = [tuple(torch.randint(5, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (40, 40, 40, 25, 64)]
+IDS = torch.tensor([TOKENS[3]])
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def test_every_architecture_of_the_table_is_tested():
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+def test_grams_are_of_the_inputs_that_the_linears_see(model):
+    """Collected block by block, batch by batch, they are those of the plain forward passes of the whole model."""
+    seen = {name: [] for name, _ in linears(model)}
+    handles = [m.register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0].flatten(0, -2)))
+               for n, m in linears(model)]
+    with torch.inference_mode():
+        for sequence in TOKENS:
+            model(torch.tensor([sequence]))
+    for handle in handles:
+        handle.remove()
+    walk = Walk(model)
+    assert walk.begin(TOKENS, batch_tokens=80) == sum(map(len, TOKENS))
+    groups = ARCHITECTURES[model.config.model_type].groups
+    for name, block in walk.blocks():
+        for linear, gram in walk.grams(block, groups).items():
+            X = torch.cat(seen[f"{name}.{linear}"])
+            assert gram.tokens == len(X)
+            assert torch.allclose(gram.H, X.T @ X, rtol=1e-3, atol=1e-3 * gram.H.abs().max())
+            assert torch.allclose(gram.x_mean(), X.abs().mean(0), rtol=1e-3, atol=1e-5)
+        walk.advance(block)
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_folded_scales_change_nothing_but_the_rounding(model, method):
+    """At 8 bits the rounding is small: what is left shows that scales were folded where they belong."""
+    before = logits(model)
+    outcome = quantize_model(model, Scheme(method, bits=8, sym=False, clip=False), TOKENS)
+    assert (logits(model) - before).norm() < 0.02 * before.norm() and len(outcome.ratios) >= 2 * 3
+    assert outcome.tokens == sum(map(len, TOKENS))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "nf4"])
+def test_artefacts_hold_the_quantized_model(model, method, tmp_path):
+    """Streamed from disk to disk, in several shards, then read back: the weights of the model quantized in memory."""
+    model.half().save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    scheme = Scheme(method, sym=method != "awq+gptq", group_size=32)
+    outcome = quantize_model(model, scheme, TOKENS)
+    written = quantize_to(tmp_path / "out", tmp_path / "source", scheme, TOKENS, revision="abc")
+    assert written.skipped == outcome.skipped == []
+    assert written.error_db == pytest.approx(outcome.error_db, abs=0.1)
+    again = load_simulated(tmp_path / "out")
+    # scales are rounded to fp16 on the way, and double quantization rounds absmax to 8 bits
+    assert (logits(again) - logits(model)).norm() < (0.05 if method == "nf4" else 0.01) * logits(model).norm()
+    record = json.loads((tmp_path / "out" / PROVENANCE).read_text())
+    assert record["revision"] == "abc" and record["source_sha256"] == folder_hash(tmp_path / "source")
+    assert record["tokens"] == (0 if method in ("rtn", "nf4") else sum(map(len, TOKENS)))
+
+
+def test_overrides_and_what_no_group_fits(tiny, tmp_path):
+    model = copy.deepcopy(tiny)  # its MLP is 192 wide: 128 does not divide the inputs of down_proj
+    scheme = Scheme("rtn", overrides={r"q_proj$": {"bits": 8}, r"layers\.1\..*o_proj": None, "v_proj": {"group_size": 64}})
+    outcome = quantize_model(model, scheme)
+    assert outcome.skipped == [f"model.layers.{n}" for n in ("0.mlp.down_proj", "1.self_attn.o_proj", "1.mlp.down_proj")]
+    assert all(torch.equal(model.get_submodule(n).weight, tiny.get_submodule(n).weight) for n in outcome.skipped)
+    assert outcome.codes["model.layers.0.self_attn.q_proj"].grid.qmax == 255
+    assert outcome.codes["model.layers.0.self_attn.v_proj"].grid.groups == 2
+    copy.deepcopy(tiny).half().save_pretrained(tmp_path / "source")
+    assert quantize_to(tmp_path / "out", tmp_path / "source", scheme).skipped == outcome.skipped
+    linears_read, others = read_artefact(tmp_path / "out")
+    assert f"{outcome.skipped[0]}.weight" in others and linears_read["model.layers.0.self_attn.q_proj"].grid.qmax == 255
+    assert "lm_head.weight" not in others  # tied
+    with pytest.raises(ValueError, match="method: expected one of"):
+        Scheme("exl2")
+
+
+def test_sequential_calibration_sees_the_quantized_predecessors(bundled):
+    """Else errors would add up unseen: the second block's output error is then measured on other inputs."""
+    tokens = [tuple(range(5, 105))] * 2
+    model = copy.deepcopy(bundled.model)
+    walk, first = Walk(model), None
+    walk.begin(tokens)
+    blocks = walk.blocks()
+    _, block = next(blocks)
+    walk.advance(block)
+    plain = walk.batches[0].hidden.clone()
+    quantize_model(model, Scheme("rtn", bits=2))
+    walk = Walk(model)
+    walk.begin(tokens)
+    _, first = next(walk.blocks())
+    walk.advance(first)
+    assert not torch.allclose(walk.batches[0].hidden, plain)
+
+
+def test_bad_calibration(tiny):
+    too_long = [tuple(range(300))]
+    for tokens, said in (([], "at least one"), ([()], "may be empty"), (too_long, "300 tokens, the model's context is 256")):
+        with pytest.raises(ValueError, match=said):
+            quantize_model(copy.deepcopy(tiny), Scheme("gptq"), tokens)
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="calibration needs"):
+        quantize_to(tmp_path / "out", BUNDLED, Scheme("gptq"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_artefacts_say_so(tmp_path):
+    with pytest.raises(BadCheckpoint, match=re.escape(str(tmp_path))):
+        read_artefact(tmp_path)
+    with pytest.raises(BadCheckpoint, match="quantization_config"):
+        read_artefact(BUNDLED)
+    out = tmp_path / "out"
+    quantize_to(out, BUNDLED, Scheme("nf4"))
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(BadCheckpoint, match="not a whole quantized model"):
+        read_artefact(out)
