@@ -3,6 +3,7 @@
 Peak memory is one block, its inputs for all tokens, and the Gram matrices of one block: the weights may stay on disk.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,6 +57,20 @@ class Gram:
     def scaled(self, s: Tensor) -> "Gram":
         """That of X / s."""
         return Gram(self.H / s / s[:, None], self.absolute / s, self.tokens)
+
+
+@dataclass
+class AutoGptqGram(Gram):
+    """2 / n X^T X over n sequences, added up as auto-gptq does: the order of operations decides the last bits."""
+
+    sequences: int = 0
+
+    def add(self, X: Tensor) -> None:
+        self.H *= self.sequences / (self.sequences + 1)
+        self.sequences += 1
+        self.tokens += X.shape[-2]
+        x = math.sqrt(2 / self.sequences) * X.flatten(0, -2).T.float()
+        self.H += x @ x.T
 
 
 @contextmanager
@@ -150,9 +165,9 @@ class Walk:
                 seen.clear()
                 _run(lambda batch=batch: block(batch.hidden, **batch.arguments))
 
-    def grams(self, block: nn.Module, groups: Iterable[Sequence[str]]) -> dict[str, Gram]:
+    def grams(self, block: nn.Module, groups: Iterable[Sequence[str]], kind: type[Gram] = Gram) -> dict[str, Gram]:
         """The Gram matrix of each group's shared input, under the name of each of its linears."""
-        found = {group[0]: Gram.of(block.get_submodule(group[0]).in_features) for group in groups}
+        found = {group[0]: kind.of(block.get_submodule(group[0]).in_features) for group in groups}
         self.see(block, {name: gram.add for name, gram in found.items()})
         tokens = sum(b.hidden.shape[0] * b.hidden.shape[1] for b in self.batches)
         for name, gram in found.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from helpers.models.calibration import Gram, Walk
+from helpers.models.calibration import AutoGptqGram, Gram, Walk
 from helpers.models.layers import architecture, linears
 from helpers.models.scaling import awq_as_autoawq, awq_block
 from helpers.models.scheme import Outcome, Scheme
@@ -29,6 +29,7 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
     """
     walk = model if isinstance(model, Walk) else Walk(model)
     outcome, (_, groups, folds) = Outcome(), architecture(walk.model)
+    kind = AutoGptqGram if scheme.reference else Gram
     calibrated = scheme.method not in ("rtn", "nf4")
     if calibrated:
         # auto-gptq adds up sequence by sequence, autoawq sends all through at once
@@ -45,7 +46,7 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
             quantize_linears(block, name, [n for g in groups for n in g], grams, scheme, outcome)
         else:
             for group in groups:
-                quantize_linears(block, name, group, walk.grams(block, [group]), scheme, outcome)
+                quantize_linears(block, name, group, walk.grams(block, [group], kind), scheme, outcome)
         if calibrated and not (scheme.reference and scheme.method == "awq"):  # autoawq goes on with full precision
             walk.advance(block)
         if done:

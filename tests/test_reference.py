@@ -1,0 +1,143 @@
+"""Our quantizers against the toolkits, on this machine and in this run: the same numbers, and files that both sides read."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AwqConfig, GPTQConfig
+
+from helpers.models.checkpoints import load_simulated, quantize_to
+from helpers.models.loading import BUNDLED, load
+from helpers.models.quantize import quantize_model
+from helpers.models.scheme import Scheme
+from helpers.models.texts import calibration, windows
+from helpers.quantizers.gptq import gptq_columns
+from helpers.quantizers.packing import pack_awq, pack_gptq, pack_gptq_zeros
+from helpers.toolkits.artefacts import ARTEFACTS, COMMITTED, reload
+from helpers.toolkits.process import ORIGINALS, Job, run
+
+originals = pytest.mark.skipif(not (ORIGINALS / "transformers").is_dir(), reason="`make originals` has not been run")
+SOURCE = str(BUNDLED)
+IDS = [load().tokenizer.encode("<|start|><|user|> What is 12 + 30?<|assistant|> 42<|end|>")]
+
+
+@pytest.fixture(scope="module")
+def tokens(bundled):
+    return windows(calibration(bundled.tokenizer), 128, 8)
+
+
+@pytest.fixture(scope="module")
+def written(tokens, tmp_path_factory):
+    """Artefacts of ours in all formats."""
+    folder = tmp_path_factory.mktemp("ours")
+    schemes = {"nf4": Scheme("nf4"), "gptq": Scheme(), "gptq_desc_act": Scheme(desc_act=True), "awq": Scheme("awq"),
+               "gptq_v2": Scheme(sym=False, group_size=64), "gptq_3_bits": Scheme(bits=3), "awq_gptq": Scheme("awq+gptq")}
+    for name, scheme in schemes.items():
+        quantize_to(folder / name, BUNDLED, scheme, tokens)
+    return folder
+
+
+@originals
+def test_gptq_of_the_whole_model_is_auto_gptqs_word_for_word(tokens, tmp_path):
+    run("autogptq", Job("gptq", SOURCE, tokens), tmp_path / "theirs", originals=True)
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    outcome = quantize_model(load().model, Scheme(reference=True), tokens)
+    assert len(outcome.codes) == 28 and outcome.tokens == 1024
+    for name, q in outcome.codes.items():
+        assert torch.equal(pack_gptq(q.codes), theirs[f"{name}.qweight"]), name
+        assert torch.equal(pack_gptq_zeros(q.grid.zero_point.int()), theirs[f"{name}.qzeros"])
+        assert torch.equal(q.grid.scale.T.half(), theirs[f"{name}.scales"])
+
+
+@originals
+def test_awq_of_the_whole_model_is_autoawqs_word_for_word(tokens, tmp_path):
+    run("autoawq", Job("awq", SOURCE, tokens), tmp_path / "theirs", originals=True)
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    model = load(dtype="float16").model
+    outcome = quantize_model(model, Scheme("awq", reference=True), tokens)
+    assert len(outcome.codes) == 28
+    for name, q in outcome.codes.items():
+        assert torch.equal(pack_awq(q.codes), theirs[f"{name}.qweight"]), name
+        assert torch.equal(pack_awq(q.grid.zero_point.int()), theirs[f"{name}.qzeros"])
+        assert torch.equal(q.grid.scale.T, theirs[f"{name}.scales"])
+    norms = {n: p for n, p in model.named_parameters() if "norm" in n}
+    assert all(torch.equal(p, theirs[n]) for n, p in norms.items())  # the scales were folded in
+
+
+def test_gptq_is_gptqmodels_on_the_same_inputs(tokens, tmp_path):
+    """Module by module, on the weights and Gram matrices that its solver was given; it returns W_hat in bf16."""
+    run("gptqmodel", Job("gptq", SOURCE, tokens, {"keep_problems": True}), tmp_path / "theirs")
+    kept = load_file(tmp_path / "theirs" / "problems.safetensors")
+    names = [k.removesuffix(".W") for k in kept if k.endswith(".W")]
+    assert len(names) == 28
+    for name in names:
+        ours = gptq_columns(kept[f"{name}.W"], kept[f"{name}.H"], damp_percent=0.05)
+        assert ours.damp_percent == 0.05
+        assert torch.equal(ours.quantized.dequantize().bfloat16(), kept[f"{name}.W_hat"].bfloat16()), name
+
+
+def test_nf4_file_is_bitsandbytes_file(written):
+    ours, theirs = (load_file(f / "model.safetensors") for f in (written / "nf4", COMMITTED / "bitsandbytes-nf4"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.tensor(IDS)).logits.float()
+
+
+def off(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["nf4", "gptq", "gptq_desc_act", "gptq_v2", "gptq_3_bits", "awq_gptq", "awq"])
+def test_ours_load_in_transformers(written, name):
+    exact = {}
+    if name == "awq":  # the automatic kernel computes in bf16
+        exact = {"quantization_config": AwqConfig(bits=4, backend="torch_awq")}
+    elif name != "nf4":
+        exact = {"quantization_config": GPTQConfig(bits=3 if "3" in name else 4, backend="gptq_torch")}
+    model = reload_as(written / name, "nf4" if name == "nf4" else "awq" if name == "awq" else "gptq", **exact)
+    assert off(logits(model), logits(load_simulated(written / name))) < (0.0065 if name == "nf4" else 0.001)
+
+
+def reload_as(folder, method, **options):
+    """`reload` wants to know the method from a toolkit's report."""
+    (folder / "report.json").write_text(json.dumps({"method": method}))
+    return reload(folder, **options)
+
+
+@pytest.mark.parametrize("name", [n for n in ARTEFACTS if n != "bitsandbytes-int8"])
+def test_theirs_load_in_ours(name):
+    assert off(logits(load_simulated(COMMITTED / name)), logits(reload(COMMITTED / name))) < 0.01
+
+
+LOADERS = {
+    "gptq": """
+from auto_gptq import AutoGPTQForCausalLM
+model = AutoGPTQForCausalLM.from_quantized(folder, device="cpu", disable_exllama=True, use_safetensors=True,
+                                           torch_dtype=torch.float32).model.float()
+""",
+    "awq": """
+from awq.models import base  # on a CPU it would insist on Intel's kernels
+base.get_best_device = lambda: "cuda:0"
+from awq import AutoAWQForCausalLM
+model = AutoAWQForCausalLM.from_quantized(folder, fuse_layers=False, device_map={"": "cpu"}, safetensors=True).model
+""",
+}
+
+
+@originals
+@pytest.mark.parametrize("name, tolerance", [("gptq", 0.001), ("gptq_desc_act", 0.001), ("awq", 0.01)])
+def test_ours_load_in_the_originals(written, name, tolerance):
+    script = (f"import sys, torch\nfolder = {str(written / name)!r}\n{LOADERS[name.split('_')[0]]}\n"
+              f"with torch.inference_mode():\n    print('LOGITS', model(torch.tensor({IDS})).logits[0, -1].float().tolist())\n")
+    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": str(ORIGINALS), "PATH": "", "HF_HUB_OFFLINE": "1"},
+                          capture_output=True, text=True)
+    found = re.search(r"LOGITS (\[.*\])", done.stdout)
+    assert found, done.stderr[-2000:]
+    assert off(torch.tensor(json.loads(found[1])), logits(load_simulated(written / name))[0, -1]) < tolerance
