@@ -13,11 +13,11 @@ ENV := .venv/.installed
 ORIGINALS := .venv-originals/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 CHAPTERS := $(wildcard chapters/*.ipynb)
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/*)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json)
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env address
+.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env address sweeps bench
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -68,6 +68,12 @@ model: $(ENV) sets
 	$(MAKE) refresh
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
+
+# What each knob does to the answers, and how fast it all is: 20 minutes each on two idle cores, committed as data
+sweeps: $(ENV)
+	$(BIN)/python -m benchmarks.sweeps
+bench: $(ENV) $(ORIGINALS)
+	$(BIN)/python -m benchmarks.speed
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)

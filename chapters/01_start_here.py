@@ -181,9 +181,12 @@ plt.show()
 # |---|---|
 # | 1 Start here | what is this, and does it run here? |
 # | [2 One model, three pipelines](02_pipelines.ipynb) | what do the real toolkits make of one model? |
+# | [3 The error formula](03_error_formula.ipynb) | what does rounding cost, and where does the data come in? |
+# | [4 NF4](04_nf4.ipynb) | what can a better grid do, without data? |
+# | [5 GPTQ](05_gptq.ipynb) | what can columns do for each other? |
+# | [6 AWQ](06_awq.ipynb) | what can scaling do, and when? |
 #
-# The chapters on the error formula, NF4, GPTQ, AWQ, layer sensitivity, kernels, the harness, the decision and the audit
-# of the article follow; they are not written yet.
+# Layer sensitivity, kernels and speed, the harness, the decision and the audit of the article are not written yet.
 #
 # ## Exercises
 #

@@ -329,4 +329,4 @@ for step, outcome in steps.items():
 # Compare the output error.
 # </details>
 #
-# **Next**: the error formula, ‖WX − ŴX‖, by hand.
+# **Next**: [the error formula](03_error_formula.ipynb), by hand.

@@ -19,8 +19,11 @@ from helpers.models.calibration import Walk
 from helpers.models.checkpoints import PROVENANCE, BadCheckpoint, load_simulated, quantize_to, read_artefact
 from helpers.models.layers import ARCHITECTURES, linears
 from helpers.models.loading import BUNDLED
-from helpers.models.quantize import quantize_model
+from helpers.models.quantize import quantize_many, quantize_model
 from helpers.models.scheme import Scheme
+from helpers.models.texts import calibration, windows
+from helpers.quantizers.affine import fit_qparams, on_grid, output_error
+from helpers.quantizers.gptq import gptq
 from helpers.results import folder_hash
 
 SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -115,6 +118,35 @@ def test_overrides_and_what_no_group_fits(tiny, tmp_path):
     assert "lm_head.weight" not in others  # tied
     with pytest.raises(ValueError, match="method: expected one of"):
         Scheme("exl2")
+
+
+def test_gptq_never_turns_into_rounding(bundled):
+    """Every linear of the bundled model: on the same inputs its output error is below rounding's, and codes differ."""
+    tokens = windows(calibration(bundled.tokenizer), 128, 16)
+    walk = Walk(bundled.model)
+    walk.begin(tokens)
+    for _, block in walk.blocks():
+        for name, gram in walk.grams(block, ARCHITECTURES["llama"].groups).items():
+            W = block.get_submodule(name).weight.detach()
+            assert gram.tokens == 2048 and gram.H.any()
+            solved, rounded = gptq(W, gram.H).quantized, on_grid(W, fit_qparams(W, 4, 128))
+            assert (solved.codes != rounded.codes).any()
+            errors = [output_error(W - q.dequantize(), gram.H) for q in (solved, rounded)]
+            assert errors[0] < 0.9 * errors[1], name
+        walk.advance(block)
+
+
+def test_many_schemes_from_one_calibration(bundled):
+    """The same codes as each scheme alone, calibrated on the unquantized model; the model stays as it was."""
+    tokens = [tuple(range(5, 105))] * 4
+    before = copy.deepcopy(bundled.model.state_dict())
+    schemes = [Scheme("rtn", 3), Scheme("gptq", true_sequential=False), Scheme("awq", clip=False)]
+    many = quantize_many(bundled.model, schemes, tokens)
+    assert all(torch.equal(v, before[k]) for k, v in bundled.model.state_dict().items())
+    for scheme, outcome in zip(schemes, many, strict=True):
+        alone = quantize_model(copy.deepcopy(bundled.model), scheme, tokens)
+        first = [n for n in alone.codes if ".layers.0." in n]
+        assert all(torch.equal(outcome.codes[n].codes, alone.codes[n].codes) for n in first)
 
 
 def test_sequential_calibration_sees_the_quantized_predecessors(bundled):

@@ -3,6 +3,7 @@
 A folder appears when it is complete: files are written beside it and renamed, with their sha256 and where they come from.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -183,8 +184,10 @@ def quantize_to(out: Path, source: Path, scheme: Scheme, sequences: Sequence[Seq
                 progress: bool = False, **provenance) -> Outcome:
     """Quantize the model in folder `source` to folder `out`, streamed from disk to disk block by block.
 
-    `provenance` (revision, calibration, seed) is kept with the artefact. Raises what `quantize_model` raises.
+    `provenance` (the source's revision, the name of the calibration set, a seed) is kept with the artefact, along with the
+    hashes of weights and calibration tokens. Raises what `quantize_model` raises.
     """
+    provenance["calibration_sha256"] = hashlib.sha256(json.dumps([list(s) for s in sequences]).encode()).hexdigest()
     walk = Walk.from_folder(source)
     with Writer(out, scheme, source, form) as writer:
         outcome = quantize_model(walk, scheme, sequences, writer.add, progress)

@@ -54,6 +54,21 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
     return outcome
 
 
+def quantize_many(model: nn.Module, schemes: Sequence[Scheme], sequences: Sequence[Sequence[int]]) -> list[Outcome]:
+    """One model by many schemes, from Gram matrices collected once, on the unquantized model, which is left as it is."""
+    walk, (_, groups, folds) = Walk(model), architecture(model)
+    outcomes = [Outcome(tokens=tokens) for tokens in [walk.begin(sequences)] for _ in schemes]
+    for name, block in walk.blocks():
+        grams = walk.grams(block, groups)
+        for scheme, outcome in zip(schemes, outcomes, strict=True):
+            changed, own = copy.deepcopy(block), dict(grams)
+            if scheme.method.startswith("awq"):
+                awq_block(changed, name, own, folds, scheme, outcome)
+            quantize_linears(changed, name, [n for g in groups for n in g], own, scheme, outcome)
+        walk.advance(block)
+    return outcomes
+
+
 @torch.no_grad()
 def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams: Mapping[str, Gram] | None, scheme: Scheme,
                      outcome: Outcome) -> None:

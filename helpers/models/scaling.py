@@ -52,6 +52,7 @@ def foldable(block: nn.Module, prefix: str, fold: Fold, scheme: Scheme) -> Schem
     return next((s for n in fold.linears if (s := fitting(block, prefix, n, scheme))), None)
 
 
+@torch.no_grad()
 def fold_scale(block: nn.Module, fold: Fold, s: Tensor) -> None:
     """Multiply the input channels of the linears by s and divide what makes these inputs: the output does not change."""
     before = block.get_submodule(fold.before)

@@ -1,5 +1,6 @@
 """auto-gptq 0.7.1, archived: the reference that GPTQ files in the wild come from. Runs in the originals' environment."""
 
+import time
 from pathlib import Path
 
 from helpers.toolkits.process import Job, main
@@ -35,13 +36,15 @@ def rows(tokens) -> list[dict]:
 def quantize(job: Job, out: Path) -> dict:
     """GPTQ by auto-gptq."""
     wrapped = wrap(job.source, **job.settings)
+    started = time.perf_counter()
     wrapped.quantize(rows(job.tokens), cache_examples_on_gpu=False)
+    seconds = time.perf_counter() - started
     wrapped.model.half()  # solved in fp32; what is not quantized is stored in fp16 like the source
     wrapped.save_quantized(str(out), use_safetensors=True)
     # transformers 5 looks for this name
     [weights] = out.glob("*.safetensors")
     weights.rename(out / "model.safetensors")
-    return {"toolkit": "auto-gptq"}
+    return {"toolkit": "auto-gptq", "quantize_seconds": seconds}
 
 
 if __name__ == "__main__":

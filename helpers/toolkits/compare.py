@@ -1,8 +1,11 @@
-"""Two artefacts of the same format, code by code."""
+"""Artefacts of the same format, code by code, and ours against a toolkit's."""
 
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from helpers.models.checkpoints import linear_tensors
+from helpers.models.scheme import Outcome
 
 
 def same_codes(first: Path, second: Path) -> float:
@@ -21,3 +24,11 @@ def same_codes(first: Path, second: Path) -> float:
             equal = (difference >> (4 * nibble)) & 0xF == 0
             same, total = same + int(equal.sum()), total + equal.numel()
     return same / total
+
+
+def differing_words(outcome: Outcome, folder: Path, form: str) -> tuple[int, int]:
+    """(words that differ, words) of the packed codes, zeros and scales of an outcome and of a toolkit's artefact."""
+    theirs = load_file(folder / "model.safetensors")
+    pairs = [(tensor, theirs[f"{name}.{end}"]) for name, q in outcome.codes.items()
+             for end, tensor in linear_tensors(q, form).items() if end != "g_idx"]
+    return sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)

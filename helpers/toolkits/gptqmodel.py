@@ -1,5 +1,6 @@
 """GPTQModel: GPTQ and AWQ on today's transformers. Runs as a process of its own (helpers/toolkits/process.py)."""
 
+import time
 from pathlib import Path
 
 from helpers.toolkits.process import Job, main
@@ -52,11 +53,13 @@ def quantize(job: Job, out: Path) -> dict:
     config.offload_to_disk = False
     model = GPTQModel.load(job.source, config, device=device, dtype=torch.bfloat16)
     rows = [{"input_ids": list(t), "attention_mask": [1] * len(t)} for t in job.tokens]
+    started = time.perf_counter()
     model.quantize(rows, batch_size=1, backend=backend)
+    seconds = time.perf_counter() - started
     model.save(str(out))
     if kept:
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, out / "problems.safetensors")
-    return {"toolkit": "gptqmodel"}
+    return {"toolkit": "gptqmodel", "quantize_seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""Time and memory of our quantizers beside the toolkits': `make bench`, some 20 minutes on two idle cores.
+
+Both sides get all cores of this process, run in turn, and see the same inputs. Two sizes of model, so that what a toolkit
+spends before it begins is visible and not counted as our speed. Writes data/results/bench.json.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers.models.calibration import Walk
+from helpers.models.checkpoints import format_of, linear_tensors, quantize_to
+from helpers.models.layers import architecture
+from helpers.models.loading import BUNDLED, load
+from helpers.models.quantize import quantize_many, quantize_model
+from helpers.models.scheme import Scheme
+from helpers.models.texts import calibration, windows
+from helpers.quantizers import awq
+from helpers.quantizers.affine import output_error
+from helpers.quantizers.gptq import gptq, gptq_columns
+from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4
+from helpers.results import Record, folder_hash, save
+from helpers.toolkits.process import ROOT, Job, run
+
+LARGER = LlamaConfig(vocab_size=1280, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
+                     num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+HALF_A_BILLION = LlamaConfig(vocab_size=8192, hidden_size=1536, intermediate_size=4096, num_hidden_layers=20,
+                             num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=1024)
+
+
+def in_turn(sides: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, dict[str, float]]:
+    """Seconds of each side, run in turn after a warm-up: {side: {least, median}}."""
+    for work in sides.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, work in sides.items():
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: summary(s) for name, s in seconds.items()}
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"least": min(seconds), "median": statistics.median(seconds), "most": max(seconds), "runs": len(seconds)}
+
+
+def random_model(config: LlamaConfig, folder: Path) -> Path:
+    """A checkpoint with random weights of these shapes, with the bundled tokenizer."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).half().save_pretrained(folder, max_shard_size="400MB")
+    for path in BUNDLED.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def nf4() -> dict:
+    import bitsandbytes.functional as bnb
+
+    found = {}
+    for size in (1024, 4096):
+        W = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02
+        packed, state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=False)
+        q = quantize_nf4(W)
+        assert torch.equal(q.packed, packed.flatten()) and torch.equal(q.absmax, state.absmax)
+        found[f"quantize {size} x {size}"] = in_turn({
+            "ours": lambda W=W: quantize_nf4(W),
+            "bitsandbytes": lambda W=W: bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=False)})
+        found[f"dequantize {size} x {size}"] = in_turn({
+            "ours": lambda q=q: dequantize_nf4(q),
+            "bitsandbytes": lambda packed=packed, state=state: bnb.dequantize_4bit(packed, state)})
+    return found
+
+
+def first_block(folder: Path, tokens) -> tuple[torch.nn.Module, dict]:
+    model, _ = load(str(folder))
+    walk = Walk(model)
+    walk.begin(tokens)
+    _, block = next(walk.blocks())
+    return block, walk.grams(block, architecture(model).groups)
+
+
+def gptq_solve(sizes: dict[str, Path], tokens) -> dict:
+    """One block's linears: the column loop linear by linear, ours with those stacked that share their input."""
+    found = {}
+    for name, folder in sizes.items():
+        block, grams = first_block(folder, tokens)
+        groups = [[n for n in grams if grams[n] is gram] for gram in {id(g): g for g in grams.values()}.values()]
+        problems = [([block.get_submodule(n).weight.detach() for n in group], grams[group[0]].H) for group in groups]
+
+        def columns(problems=problems):
+            return [[gptq_columns(W, H) for W in Ws] for Ws, H in problems]
+
+        def ours(problems=problems):
+            return [gptq(torch.cat(Ws), H) for Ws, H in problems]
+
+        lost = [sum(output_error(W - s.quantized.dequantize(), H) for (Ws, H), solved in zip(problems, columns(), strict=True)
+                    for W, s in zip(Ws, solved, strict=True)),
+                sum(output_error(torch.cat(Ws) - s.quantized.dequantize(), H)
+                    for (Ws, H), s in zip(problems, ours(), strict=True))]
+        found[f"GPTQ solve, one block, {name}"] = in_turn({"ours": ours, "column loop": columns}, 5) | {
+            "proxy_loss_ratio": lost[1] / lost[0]}
+    return found
+
+
+def awq_search(sizes: dict[str, Path], tokens) -> dict:
+    """The 20 candidates for the MLP's input: through the Gram matrix, and by forward passes over all tokens."""
+    found = {}
+    for name, folder in sizes.items():
+        model, _ = load(str(folder))
+        walk, inputs = Walk(model), []
+        walk.begin(tokens)
+        _, block = next(walk.blocks())
+        walk.see(block, {"mlp.gate_proj": lambda x, inputs=inputs: inputs.append(x.flatten(0, -2))})
+        X, W = torch.cat(inputs), torch.cat([block.mlp.gate_proj.weight, block.mlp.up_proj.weight]).detach()
+        H, candidates = X.T @ X, awq.candidate_scales(X.abs().mean(0), awq.weight_saliency(W))
+
+        def by_forward(X=X, W=W, candidates=candidates):
+            before = X @ W.T
+            return awq.search_scale(candidates, lambda s: (
+                (X / s) @ awq.fake_quantize(W * s).T - before).square().sum().item())
+
+        def by_gram(H=H, W=W, candidates=candidates):
+            return awq.search_scale(candidates, awq.gram_loss(W, H))
+
+        assert by_gram().ratio == by_forward().ratio
+        found[f"AWQ scale search, {name}, {len(X)} tokens"] = in_turn({"ours": by_gram, "forward passes": by_forward}, 3)
+    return found
+
+
+def ours_end_to_end(folder: Path, scheme: Scheme, tokens) -> tuple[float, dict]:
+    """Seconds from a model in memory to packed tensors in memory, and the output error of each linear."""
+    model, _ = load(str(folder))
+    started = time.perf_counter()
+    outcome = quantize_model(model, scheme, tokens)
+    for q in outcome.codes.values():
+        linear_tensors(q, format_of(scheme))
+    return time.perf_counter() - started, outcome.error_db
+
+
+def end_to_end(sizes: dict[str, Path], gptq_tokens, awq_tokens, repeats: int) -> dict:
+    """Whole models, ours and each toolkit in turn; a toolkit's time is its quantize call alone, in its own process."""
+    cases = {"GPTQ": (Scheme("gptq", true_sequential=False), gptq_tokens,
+                      {"auto-gptq": ("autogptq", "gptq", True), "GPTQModel": ("gptqmodel", "gptq", False)}),
+             "AWQ": (Scheme("awq"), awq_tokens,
+                     {"autoawq": ("autoawq", "awq", True), "GPTQModel": ("gptqmodel", "awq", False)})}
+    found = {}
+    for method, (scheme, tokens, toolkits) in cases.items():
+        for name, folder in sizes.items():
+            seconds: dict[str, list[float]] = {"ours": [], **{t: [] for t in toolkits}}
+            with tempfile.TemporaryDirectory() as scratch:
+                for _ in tqdm(range(repeats), desc=f"{method}, {name}"):
+                    seconds["ours"].append(ours_end_to_end(folder, scheme, tokens)[0])
+                    for toolkit, (module, job, originals) in toolkits.items():
+                        report = run(module, Job(job, str(folder), tokens), Path(scratch) / toolkit, originals, 3000)
+                        seconds[toolkit].append(report["quantize_seconds"])
+            key = f"{method} end to end, {name}, {sum(map(len, tokens))} tokens"
+            found[key] = {side: summary(s) for side, s in seconds.items()}
+    return found
+
+
+def sweep_of_twelve(folder: Path, tokens) -> dict:
+    schemes = [Scheme(method, bits, group, sym=False) for method in ("rtn", "gptq") for bits in (3, 4) for group in (64, 128)]
+    schemes += [Scheme("awq", bits, group) for bits in (3, 4) for group in (64, 128)]
+    model, _ = load(str(folder))
+    return {"12 configurations": in_turn({"one": lambda: quantize_many(model, schemes[4:5], tokens),
+                                          "twelve": lambda: quantize_many(model, schemes, tokens)}, 3)}
+
+
+def peak_memory(folder: Path, tokens) -> dict:
+    """In a process of its own: the most memory it ever held, less what it held before, against a formula."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Path(scratch) / "job.json"
+        job.write_text(json.dumps({"source": str(folder), "out": str(Path(scratch) / "out"), "tokens": tokens}))
+        done = subprocess.run([sys.executable, "-m", "benchmarks.speed", "--memory", str(job)], cwd=ROOT, check=True,
+                              capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_job(path: Path) -> None:
+    job = json.loads(path.read_text())
+    config = LlamaConfig.from_pretrained(job["source"])
+    d, ff, n = config.hidden_size, config.intermediate_size, sum(map(len, job["tokens"]))
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome = quantize_to(Path(job["out"]), Path(job["source"]), Scheme("gptq"), job["tokens"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    terms = {"block": 4 * (4 * d * d + 3 * d * ff), "its inputs and outputs": 4 * 2 * n * d,
+             "Gram matrix, damped, factor and its copy": 4 * 4 * ff * ff,
+             "stacked weights, errors, codes": 4 * 4 * 2 * ff * d, "artefact so far": measured(Path(job["out"]))}
+    print(json.dumps({"bytes": peak, "formula": terms, "ratio": peak / sum(terms.values()),
+                      "parameters": sum(p.numel() for p in Walk.from_folder(Path(job["source"])).model.parameters()),
+                      "linears": len(outcome.error_db), "tokens": n}))
+
+
+def measured(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def main(repeats: int) -> None:
+    torch.manual_seed(0)
+    _, tokenizer = load()
+    tokens = windows(calibration(tokenizer), 256, 64)
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = {"bundled, 3.8 M": BUNDLED, "random, 39 M": random_model(LARGER, Path(scratch) / "larger")}
+        found = {"threads": torch.get_num_threads(), "nf4": nf4(), "gptq": gptq_solve(sizes, tokens),
+                 "awq": awq_search(sizes, tokens), "sweep": sweep_of_twelve(BUNDLED, tokens),
+                 "end to end": end_to_end(sizes, tokens[:32], [t[:128] for t in tokens[:8]], repeats),
+                 "memory": peak_memory(random_model(HALF_A_BILLION, Path(scratch) / "half"), tokens[:8])}
+    print(save(Record("bench", found, command="make bench", seed=0, model_sha256=folder_hash(BUNDLED))))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3, help="of the runs of whole models")
+    args = parser.parse_args()
+    memory_job(args.memory) if args.memory else main(args.repeats)

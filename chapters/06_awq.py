@@ -1,0 +1,321 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. AWQ: scale what matters, then round
+#
+# **After this chapter** you can say what "salient" means and what the "1 %" is, search AWQ's scales without a forward pass,
+# fold them away, and tell on which models that helps.
+#
+# *Needs*: [chapter 3](03_error_formula.ipynb). *Time*: a minute on a laptop CPU. *On a GPU*: nothing changes here.
+#
+# Some input channels are much larger than others. An error in a weight that multiplies a large input is a large error of the
+# output. AWQ ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)) multiplies the weights of such channels by $s > 1$ before
+# rounding, and divides the inputs by $s$:
+#
+# $$W X = (W\,\mathrm{diag}(s))\,(\mathrm{diag}(s)^{-1} X) \approx Q(W\,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1} X \tag{6.1}$$
+
+# %% tags=["setup", "hide-cell"]
+# On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+BOOK = "REPOSITORY-UNSET"
+if not importlib.util.find_spec("helpers"):
+    if "UNSET" in BOOK:
+        raise RuntimeError("Set BOOK in this cell to the address of the book's git repository; it has no public one yet")
+    if not os.path.isdir("book"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
+    subprocess.run([sys.executable, "book/helpers/colab.py"], check=True)
+    os.chdir("book/chapters")
+    sys.path.insert(0, os.path.abspath(".."))
+
+# %% tags=["nbval-ignore-output"]
+from helpers.book import start
+
+start(seed=0)
+
+# %% tags=["parameters"]
+model = "bundled"  # or a local folder, or a hub id such as "owner/name"
+rebuild = False  # make the toolkits' artefacts anew instead of reading the committed ones
+profile = None  # a name from helpers/profiles.json, instead of `model`
+
+# %% [markdown]
+# ## By hand
+#
+# A row of four weights on a 2-bit symmetric grid, and a second input ten times as large as the others. The step of the grid
+# is decided by the largest weight, 0.9. Scaling channel 2 by two halves what its rounding costs, as long as the largest
+# weight, and so the step, stays what it was.
+
+# %%
+import torch
+
+from helpers.quantizers.awq import fake_quantize
+
+w = torch.tensor([[0.9, 0.2, -0.5, -0.6]])
+X = torch.diag(torch.tensor([1.0, 10.0, 1.0, 1.0]))
+for factor in (1.0, 2.0, 4.0, 16.0):
+    s = torch.tensor([1.0, factor, 1.0, 1.0])
+    error = ((fake_quantize(w * s, bits=2, group_size=4) / s - w) @ X).square().sum().item()
+    print(f"s = {factor:4}: output error {error:.3f}")
+
+# %% [markdown]
+# Too much is too much: at 16 the scaled weight is the largest, the step grows, and every other weight pays. So $s$ has to be
+# searched, and one number decides it:
+#
+# $$s = \frac{\bar x^{\,r}}{\bar w^{\,1-r}}, \qquad r \in \{0, 0.05, \ldots, 0.95\} \tag{6.2}$$
+#
+# with $\bar x$ the mean magnitude of each input channel and $\bar w$ the mean of its weights relative to their groups. (The
+# paper's own code has $\bar x^{\,r}$ alone; autoawq divides by $\bar w$ too.)
+#
+# ## What the "top 1 %" is and is not
+#
+# The paper's first table keeps 1 % of the *channels* in 16 bits, those with the largest inputs, and finds that this rescues a
+# rounded model. That is the observation, not the method: mixed precision is slow, so AWQ scales instead, and *nothing* stays
+# in 16 bits. Here is how the channels of this model differ:
+
+# %%
+import matplotlib.pyplot as plt
+
+from helpers.book import settings
+from helpers.models.calibration import Walk
+from helpers.models.layers import add_outliers, architecture
+from helpers.models.loading import load
+from helpers.models.texts import calibration, windows
+
+run_on = settings(model, profile)
+lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
+tokens = windows(calibration(tokenizer), 128, 32)
+
+
+def first_block(lm):
+    """The first block, and the Gram matrices of its linears."""
+    walk = Walk(lm)
+    walk.begin(tokens)
+    _, block = next(walk.blocks())
+    return block, walk.grams(block, architecture(lm).groups), walk
+
+
+block, grams, walk = first_block(lm)
+loud = add_outliers(load(*(run_on[k] for k in ("model", "revision", "dtype", "device"))).model)
+loud_block, loud_grams, _ = first_block(loud)
+
+figure, axes = plt.subplots(figsize=(6.5, 2.4))
+name = architecture(lm).folds[0].linears[0]
+for what, found in (("this model", grams), ("with outlier channels", loud_grams)):
+    axes.semilogy(found[name].x_mean().sort(descending=True).values, label=what)
+axes.set(xlabel="input channels, largest first", ylabel="mean |x|")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# The bundled model has no outlier channels; large language models do. So the book also measures a variant: a few channels
+# leave the norms 32 times larger and the weights that read them are as much smaller. It computes exactly the same function,
+# and rounding hurts it more.
+
+# %%
+ids = torch.tensor(tokens[:2])
+with torch.inference_mode():
+    assert torch.allclose(lm(ids).logits, loud(ids).logits, rtol=1e-3, atol=1e-3)
+print("same function")
+
+# %% [markdown]
+# ## The search, without a forward pass
+#
+# autoawq runs the block once for each of the 20 candidates. For the error of a linear's output that is not needed: equation
+# 3.3 gives it from $H$, whatever the number of tokens. Same choice?
+
+# %%
+from helpers.quantizers.awq import RATIOS, candidate_scales, gram_loss, search_scale, weight_saliency
+
+fold = architecture(loud).folds[0]
+inputs = []
+handle = loud_block.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+walk_again = Walk(loud)
+walk_again.begin(tokens)
+walk_again.advance(loud_block)
+handle.remove()
+X = torch.cat(inputs)
+
+W = torch.cat([loud_block.get_submodule(n).weight for n in fold.linears]).detach()
+gram = loud_grams[name]
+candidates = candidate_scales(gram.x_mean(), weight_saliency(W, 128))
+
+
+def forward_loss(s):
+    return ((X / s) @ fake_quantize(W * s).T - X @ W.T).square().sum().item()
+
+
+by_gram = search_scale(candidates, gram_loss(W, gram.H))
+by_forward = search_scale(candidates, forward_loss)
+assert by_gram.ratio == by_forward.ratio
+print(f"ratio {by_gram.ratio}, with {len(X)} tokens and without")
+
+# %% tags=["nbval-ignore-output"]
+figure, axes = plt.subplots(figsize=(6, 2.6))
+quiet_W = torch.cat([block.get_submodule(n).weight for n in fold.linears]).detach()
+quiet = search_scale(candidate_scales(grams[name].x_mean(), weight_saliency(quiet_W, 128)), gram_loss(quiet_W, grams[name].H))
+for what, found in (("this model", quiet), ("with outlier channels", by_gram)):
+    axes.plot(RATIOS, torch.tensor(found.losses) / found.losses[0], marker=".", label=what)
+axes.set(xlabel="ratio r", ylabel="output error / error at r = 0", yscale="log")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ## Folding
+#
+# Dividing the inputs by $s$ costs nothing at run time, because the norm before the linears can do it: its weight is divided
+# by $s$. The same goes for values into the output projection (if there are as many value heads as query heads) and up into
+# down projections. Without rounding nothing changes:
+
+# %%
+import copy
+
+from helpers.models.scaling import fold_scale
+
+folded = copy.deepcopy(loud)
+fold_scale(folded.get_submodule(architecture(loud).blocks)[0], fold, by_gram.scale)
+with torch.inference_mode():
+    assert torch.allclose(folded(ids).logits, loud(ids).logits, rtol=1e-3, atol=1e-3)
+print("folded: same function")
+
+# %% [markdown]
+# ## Clipping
+#
+# The second half of AWQ: clamp each group to a threshold $t \le \max|w|$ before rounding, so that all other weights get a
+# finer step. Searched group by group, again with $H$: each group only needs its own block of it.
+
+# %%
+from helpers.quantizers.affine import decibel, output_error
+from helpers.quantizers.awq import clip, clip_by_gram
+
+down = architecture(lm).groups[-1][0]
+W_down, H_down = block.get_submodule(down).weight.detach(), grams[down].H
+clipped = clip(W_down, clip_by_gram(W_down, H_down, bits=3))
+signal = output_error(W_down, H_down)
+for what, W_hat in (("rounded", fake_quantize(W_down, 3)), ("clipped, then rounded", fake_quantize(clipped, 3))):
+    print(f"{what:22} {decibel(output_error(W_down - W_hat, H_down), signal):6.1f} dB")
+
+# %% [markdown]
+# ## What it does to answers
+#
+# At 3 bits, with the bundled model and with its outlier variant. Predict: how much does scaling alone help each?
+
+# %%
+guess = {"this model": "a little", "with outlier channels": "a lot"}
+
+# %% tags=["nbval-ignore-output"]
+from helpers import plots
+from helpers.results import read
+
+record = read("sweep_awq")
+print(f"{record.data['questions']} questions, {record.machine['cpu_capability']}, {record.date}")
+plots.sweep(record.data["sweeps"], plots.METHODS["awq"][0])
+plt.show()
+
+# %% [markdown]
+# Scales need something to scale: without outlier channels the clipping does the work, and GPTQ, which uses all of $H$, does
+# more. With them, scaling repairs most of the damage, and GPTQ alone is no longer enough.
+#
+# ## To a file, and back
+
+# %%
+import tempfile
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AwqConfig
+
+from helpers.models.checkpoints import load_simulated, quantize_to
+from helpers.models.loading import resolve
+from helpers.models.scheme import Scheme
+
+torch.compiler.set_stance("force_eager")
+scratch = tempfile.TemporaryDirectory()
+out = Path(scratch.name) / "awq"
+outcome = quantize_to(out, resolve(run_on["model"], run_on["revision"]), Scheme("awq"), tokens[:8])
+with torch.inference_mode():
+    theirs = AutoModelForCausalLM.from_pretrained(out, quantization_config=AwqConfig(bits=4, backend="torch_awq"),
+                                                  dtype=torch.float32, device_map="cpu")(ids[:1, :16]).logits
+    ours = load_simulated(out)(ids[:1, :16]).logits
+assert (theirs - ours).norm() < 0.002 * ours.norm()
+print(f"{len(outcome.ratios)} scales found; logits through transformers equal ours within 0.2 %")
+
+# %% [markdown]
+# ## Against the toolkit, word by word
+#
+# autoawq runs now, in its own process, on four short windows; its objective is the output of the whole attention or MLP, in
+# fp16. Our code follows it with the same objective. (`make bench` times both.)
+
+# %% tags=["nbval-ignore-output"]
+from helpers.models.loading import BUNDLED
+from helpers.models.quantize import quantize_model
+from helpers.toolkits.compare import differing_words
+from helpers.toolkits.process import Job, ToolkitMissing, run
+
+bundled, bundled_tokenizer = load(dtype="float16")
+few = windows(calibration(bundled_tokenizer), 64, 4)
+try:
+    run("autoawq", Job("awq", str(BUNDLED), few), Path(scratch.name) / "theirs", originals=True)
+    outcome = quantize_model(bundled, Scheme("awq", reference=True), few)
+    different, total = differing_words(outcome, Path(scratch.name) / "theirs", "awq")
+    print(f"{different} of {total:,} packed words differ")
+    assert different == 0
+except ToolkitMissing as missing:
+    print(missing)
+
+# %% [markdown]
+# ## Where it breaks
+#
+# - *autoawq on a CPU* scales its own backup of the weights (`weight.cpu()` is no copy there): chapter 2. The comparison above
+#   uses a copy.
+# - *Lengths*: autoawq drops texts longer than its window, GPTQModel's AWQ all but the last batch of equal length. Both in
+#   silence; the helpers count the tokens.
+# - *Grouped-query attention*: values cannot be scaled into the output projection, so that linear goes without.
+# - *One-sided groups*: the AWQ grid need not contain zero, but its zero point must be a code, so such a group is cut off.
+# - *The top 1 %*: a sentence like "AWQ keeps the top 1 % of weights out of quantization" describes a table of the paper, not
+#   the files that toolkits write. Look into one: every weight has a 4-bit code.
+#
+# ## Summary
+#
+# AWQ is rounding to nearest after a change of scale that costs nothing at run time, found by a search over one number, and
+# clipping. It needs the size of the inputs, not their correlations, and it pays where a few channels stand out.
+#
+# ## Exercises
+#
+# 1. Search with the paper's form (`candidate_scales(gram.x_mean())`). Is the best loss lower or higher?
+#
+# <details><summary>Solution</summary>
+#
+# `min(search_scale(candidate_scales(gram.x_mean()), gram_loss(W, gram.H)).losses)` against `min(by_gram.losses)`.
+# </details>
+#
+# 2. In the example by hand, which $s$ is best for channel 2 to the nearest half?
+#
+# <details><summary>Solution</summary>
+#
+# Loop over `torch.arange(1, 8, 0.5)`: the error jumps wherever a weight crosses to another code. The search space of a real
+# layer is just as rough, which is why a grid is searched and no gradient followed.
+# </details>
+#
+# ## Quiz
+#
+# 1. Which part of AWQ works without any calibration data?
+# 2. Why is $r = 0$ in the grid?
+# 3. Does AWQ need the correlations between inputs?
+#
+# <details><summary>Answers</summary>
+#
+# 1. None: scales need $\bar x$, clipping needs the inputs of each group. 2. With $\bar w$ left out it is plain rounding, the
+# fallback. 3. To choose among its candidates by the output error, yes (they are in $H$); to form the candidates, no.
+# </details>
+#
+# **Next**: chapters on sensitivity, kernels and speed. *References*: [Lin et al. 2023](https://arxiv.org/abs/2306.00978).
