@@ -35,11 +35,14 @@ def test_one_column_by_hand():
     assert F[1, 0] == 0.5 and torch.equal(F.diagonal(), torch.ones(4))
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"desc_act": True}, {"sym": False}, {"bits": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"desc_act": True}, {"sym": False}, {"bits": 3},
+                                     {"group_size": 256, "block_size": 256}], ids=str)
 def test_both_forms_are_one_algorithm(options):
-    W, H = problem()
-    fast, columns = gptq(W, H, **options), gptq_columns(W, H, **options)
-    assert (fast.quantized.codes == columns.quantized.codes).float().mean() > 0.99  # rounding may tip the other way
+    W, H = problem(width=512)
+    options = dict(options)
+    block_size = options.pop("block_size", 128)
+    fast, columns = gptq(W, H, **options), gptq_columns(W, H, **options, block_size=block_size)
+    assert (fast.quantized.codes == columns.quantized.codes).float().mean() > 0.97  # a rounding that tips the other way changes later ones
     assert error(W, fast, H) == pytest.approx(error(W, columns, H), rel=0.01)
     assert torch.equal(fast.quantized.g_idx, columns.quantized.g_idx)
 

@@ -138,15 +138,15 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
     Wt = W.float().T[order].masked_fill(dead[:, None], 0).contiguous()
     Et, codes = torch.zeros_like(Wt), torch.empty_like(Wt)
     importance = _uncorrectable(H, F, damp_percent) if search else None
-    block = group_size if group_size <= 256 else 128
+    block = 128 if group_size == width else group_size
     scales, zeros, grid = [], [], None
     for start in range(0, width, block):
         stop = min(start + block, width)
         carried = F[start:stop, :start] @ Et[:start]  # what this block takes over from all before it
         target = Wt[start:stop] + carried
         if start % group_size == 0:
-            # the weights as they are best corrected so far, each other in this block included
-            sample = Wt.T if group_size > block else (Wt[start:stop] + torch.linalg.solve_triangular(
+            # one grid a row is fitted to the row; that of a group to its weights as best corrected so far
+            sample = Wt.T if group_size == width else (Wt[start:stop] + torch.linalg.solve_triangular(
                 F[start:stop, start:stop], carried, upper=False, unitriangular=True)).T
             grid = (search_qparams(sample, importance[start:start + group_size], bits, -1, sym) if search
                     else fit_qparams(sample, bits, -1, sym))
