@@ -42,7 +42,8 @@ def test_both_forms_are_one_algorithm(options):
     options = dict(options)
     block_size = options.pop("block_size", 128)
     fast, columns = gptq(W, H, **options), gptq_columns(W, H, **options, block_size=block_size)
-    assert (fast.quantized.codes == columns.quantized.codes).float().mean() > 0.97  # a rounding that tips the other way changes later ones
+    # a rounding that tips the other way changes later ones
+    assert (fast.quantized.codes == columns.quantized.codes).float().mean() > 0.97
     assert error(W, fast, H) == pytest.approx(error(W, columns, H), rel=0.01)
     assert torch.equal(fast.quantized.g_idx, columns.quantized.g_idx)
 
