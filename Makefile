@@ -88,7 +88,9 @@ gpu: PROFILE = gpu
 gpu: $(ENV)
 	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
 # The book's public address, in the one place a Colab reader has it: the first cell of every chapter
-address:
-	sed -i 's|REPOSITORY-UNSET|$(URL)|' chapters/*.py chapters/*.ipynb
+address: $(ENV)
+	@test -n "$(URL)" || { echo 'say make address URL=https://...'; exit 1; }
+	$(BIN)/python -c 'import sys, pathlib; [p.write_text(p.read_text().replace("REPOSITORY-UNSET", sys.argv[1])) \
+	  for p in pathlib.Path("chapters").glob("*.*")]' '$(URL)'
 clean:
 	rm -rf _build .cache

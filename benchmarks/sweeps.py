@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from helpers.measure.quality import compare
+from helpers.measure.quality import Sums, compare
+from helpers.measure.stats import ratio_interval
 from helpers.models.layers import add_outliers, linears
 from helpers.models.loading import BUNDLED, load
 from helpers.models.quantize import quantize_model, with_weights
@@ -65,7 +66,7 @@ def nf4_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Varian
     def uniform(group: int, sym: bool) -> Variant:
         return lambda: with_weights(model, lambda W: on_grid(W, fit_qparams(W, 4, group, sym)).dequantize())[0]
 
-    for block in (32, 64, 128, 256, 1024):
+    for block in (64, 32, 128, 256, 1024):
         yield "block size", str(block), nf4(block, False)
     yield "grid at blocks of 64", "NF4", nf4(64, False)
     yield "grid at blocks of 64", "INT4, symmetric", uniform(64, True)
@@ -74,9 +75,9 @@ def nf4_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Varian
     yield "double quantization", "on", nf4(64, True)
     yield "output head", "16 bits", nf4(64, True)
     yield "output head", "NF4", nf4(64, True, head=True)
+    yield "compute dtype", "float32", nf4(64, True)
     for dtype in (torch.float16, torch.bfloat16):
         yield "compute dtype", str(dtype).removeprefix("torch."), lambda dtype=dtype: nf4(64, True)().to(dtype)
-    yield "compute dtype", "float32", nf4(64, True)
 
 
 def gptq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Variant]]:
@@ -90,27 +91,27 @@ def gptq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Varia
     for bits in (2, 3, 4, 8):
         yield "bits", f"rounding, {bits}", but(method="rtn", bits=bits)
         yield "bits", f"GPTQ, {bits}", but(bits=bits)
-    for count in (1, 2, 4, 8, 16, 32, 64, len(tokens)):
+    for count in (len(tokens), 64, 32, 16, 8, 4, 2, 1):
         yield "calibration windows of 256", str(count), but(tokens=tokens[:count])
-    for length in (32, 128, 512):
+    for length in (512, 128, 32):
         yield "calibration length", str(length), but(tokens=domain_tokens(tokenizer, "instructions", length, 16384 // length))
     for domain in ("instructions", "recipes", "long", "short", "random"):
         yield "calibration text", domain, but(tokens=domain_tokens(tokenizer, domain, 128, 32))
-    for group in (32, 64, 128, -1):
+    for group in (128, 64, 32, -1):
         yield "group size", str(group), but(group_size=group)
-    for damp in (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.5):
+    for damp in (0.01, 1e-4, 1e-3, 0.05, 0.1, 0.5):
         yield "damping", f"{damp:g}", but(damp_percent=damp)
     yield "order of columns", "as they are", but()
     yield "order of columns", "desc_act", but(desc_act=True)
     yield "scales", "fitted to the range", but()
     yield "scales", "searched", but(search=True)
-    yield "scales", "stale inside a block, group 32", but(reference=True, group_size=32)
-    yield "scales", "fresh, group 32", but(group_size=32)
+    yield "scales of groups of 32", "fresh", but(group_size=32)
+    yield "scales of groups of 32", "stale, as the toolkits", but(reference=True, group_size=32)
     yield "calibrated on", "quantized predecessors", but()
     yield "calibrated on", "same block unquantized", but(true_sequential=False)
     for bits in (3, 4):
-        yield f"best quality, {bits} bits", "rounding", but(method="rtn", bits=bits)
         yield f"best quality, {bits} bits", "GPTQ", but(bits=bits)
+        yield f"best quality, {bits} bits", "rounding", but(method="rtn", bits=bits)
         yield f"best quality, {bits} bits", "GPTQ, searched scales, desc_act", but(bits=bits, search=True, desc_act=True)
         yield f"best quality, {bits} bits", "AWQ, then GPTQ, searched scales", but(bits=bits, method="awq+gptq", search=True)
 
@@ -134,7 +135,7 @@ def awq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Varian
             quantize_model(changed, Scheme("rtn", bits=3, sym=False))
             with torch.no_grad():
                 for n, m in linears(changed):
-                    keep = inputs[n].topk(max(1, round(share * m.in_features))).indices
+                    keep = inputs[n].topk(max(4, round(share * m.in_features))).indices  # the loud variant has 4
                     m.weight[:, keep] = model.get_submodule(n).weight[:, keep]
             return changed
 
@@ -142,14 +143,15 @@ def awq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Varian
 
     for name, m in (("model", model), ("with outlier channels", loud)):
         yield name, "rounding", through(m, Scheme("rtn", bits=3, sym=False))
-        yield name, "rounding, 1 % of channels in 16 bits", largest_inputs_in_16_bits(m, 0.01)
+        yield name, "rounding, 4 channels in 16 bits", largest_inputs_in_16_bits(m, 0.01)
         yield name, "AWQ, scales only", through(m, Scheme("awq", bits=3, clip=False), tokens)
+        yield name, "AWQ, clipping only", through(m, Scheme("awq", bits=3, scale=False), tokens)
         yield name, "AWQ, scales and clipping", through(m, Scheme("awq", bits=3), tokens)
         yield name, "GPTQ", through(m, Scheme("gptq", bits=3, sym=False), tokens)
-        yield name, "AWQ, then GPTQ", through(m, Scheme("awq+gptq", bits=3, sym=False, search=True), tokens)
+        yield name, "AWQ's scales, then GPTQ", through(m, Scheme("awq+gptq", bits=3, sym=False), tokens)
     for domain in ("instructions", "recipes", "long", "short", "random"):
         yield "calibration text", domain, through(model, Scheme("awq", bits=3), domain_tokens(tokenizer, domain, 128, 32))
-    for group in (32, 64, 128, -1):
+    for group in (128, 64, 32, -1):
         yield "group size", str(group), through(model, Scheme("awq", bits=3, group_size=group), tokens)
 
 
@@ -162,10 +164,15 @@ def sweep(name: str) -> dict:
     items = [encode(tokenizer, e) for e in examples("judge", limit=LIMIT)]
     full = compare({"full": model}, items, model)["full"]
     table: dict[str, dict] = {}
+    base: dict[str, Sums] = {}
     for knob, value, make in tqdm(list(VARIANTS[name](model, tokenizer)), desc=name):
         scores = compare({"it": make()}, items, model)["it"]
-        table.setdefault(knob, {})[value] = {"kl": scores.answer.kl_interval(), "exact": scores.exact.mean(),
-                                             "delta_nll": scores.answer.delta_nll(full.answer)}
+        first = base.setdefault(knob, scores.answer)  # the panel's first value is what the others are set against
+        table.setdefault(knob, {})[value] = {
+            "kl": scores.answer.kl_interval(), "exact": scores.exact.mean(),
+            "delta_nll": scores.answer.delta_nll(full.answer),
+            "kl_against_first": ratio_interval(scores.answer.kl - first.kl, first.tokens),
+            "nll_against_first": scores.answer.delta_nll(first)}
     return {"questions": len(items), "exact_16_bits": full.exact.mean(), "sweeps": table}
 
 

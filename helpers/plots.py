@@ -124,7 +124,10 @@ def pipelines(ax) -> None:
 
 
 def sweep(table: dict[str, dict], colour: str, columns: int = 2) -> None:
-    """One panel a knob: KL from the 16-bit model at each of its values, with 95 % intervals and the share of right answers."""
+    """One panel a knob: KL from the 16-bit model at each of its values, with 95 % intervals and the share of right answers.
+
+    Hollow: the paired difference from the panel's first row has an interval that contains zero.
+    """
     rows = -(-len(table) // columns)
     tallest = max(map(len, table.values()))
     figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, rows * (0.55 + 0.24 * tallest)), squeeze=False)
@@ -132,11 +135,13 @@ def sweep(table: dict[str, dict], colour: str, columns: int = 2) -> None:
         ax.axis("off")
     for ax, (knob, values) in zip(axes.flat, table.items(), strict=False):
         for n, row in enumerate(values.values()):
-            estimate, low, high = row["kl"]
-            ax.errorbar(estimate, n, xerr=[[estimate - low], [high - estimate]], fmt="o", color=colour, capsize=2)
+            (estimate, low, high), (_, least, most) = row["kl"], row["kl_against_first"]
+            ax.errorbar(estimate, n, xerr=[[estimate - low], [high - estimate]], fmt="o", color=colour, capsize=2,
+                        mfc="white" if n and least <= 0 <= most else colour)
             ax.annotate(f"{100 * row['exact']:.1f} %", (1.01, n), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         ax.set_yticks(range(len(values)), list(values), fontsize=8)
         ax.set(title=knob, ylim=(len(values) - 0.5, -0.5))
         ax.set_xlim(left=0)
         ax.grid(axis="y", visible=False)
-    figure.supxlabel("KL from the 16-bit model on answers (nats/token), 95 % interval; at the right: exact answers", fontsize=9)
+    figure.supxlabel("KL from the 16-bit model on answers (nats/token), 95 % interval; at the right: exact answers\n"
+                     "hollow: no difference from the first row detectable", fontsize=9)

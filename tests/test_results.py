@@ -36,3 +36,16 @@ def test_names_what_is_missing_or_broken(tmp_path):
     (tmp_path / "half.json").write_text('{"name": "ha')
     with pytest.raises(BadRecord, match="cut short"):
         results.read("half", tmp_path)
+
+
+def test_read_all(tmp_path):
+    assert results.read_all("gpu_", tmp_path) == []
+    for name in ("gpu_b", "gpu_a", "other"):
+        results.save(Record(name, {}), tmp_path)
+    assert [r.name for r in results.read_all("gpu_", tmp_path)] == ["gpu_a", "gpu_b"]
+
+
+def test_committed_records_are_of_the_committed_model():
+    records = results.read_all("")
+    assert len(records) >= 5
+    assert {r.model_sha256 for r in records} == {results.folder_hash(results.RESULTS.parent / "model")}

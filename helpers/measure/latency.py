@@ -1,8 +1,9 @@
-"""Time of generation."""
+"""Time: of generation, and of one side beside another."""
 
 import statistics
 import time
 
+import pandas as pd
 import torch
 
 
@@ -21,3 +22,21 @@ def tokens_per_second(model, new_tokens: int = 32, prompt_tokens: int = 16, repe
             torch.cuda.synchronize()
         speeds.append((out.shape[1] - prompt_tokens) / (time.perf_counter() - started))
     return statistics.median(speeds[1:]), max(speeds[1:])
+
+
+def beside(part: dict[str, dict]) -> pd.DataFrame:
+    """A table of a part of data/results/bench.json: seconds of each side, and how many times ours goes into the other's.
+
+    The ratio is that of the medians; its range sets the fastest run of one side against the slowest of the other.
+    """
+    rows = {}
+    for what, sides in part.items():
+        sides = {name: s for name, s in sides.items() if isinstance(s, dict)}
+        for name, s in sides.items():
+            if name != "ours":
+                ours = sides["ours"]
+                rows[what, name] = {
+                    "ours (s)": f"{ours['median']:.3g}", "theirs (s)": f"{s['median']:.3g}",
+                    "ratio": f"{s['median'] / ours['median']:.3g}",
+                    "range": f"{s['least'] / ours['most']:.3g} to {s['most'] / ours['least']:.3g}"}
+    return pd.DataFrame(rows).T

@@ -63,8 +63,8 @@ def linear_tensors(q: Quantized | NF4, form: str) -> dict[str, Tensor]:
                 STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
     bits, zeros = (q.grid.qmax + 1).bit_length() - 1, q.grid.zero_point.to(torch.int32)
     scales = q.grid.scale.T.half().contiguous()
-    if not torch.isfinite(scales).all():
-        raise ValueError("a scale overflows fp16, in which all formats store it")
+    if not torch.isfinite(scales).all() or ((scales == 0) & (q.grid.scale.T != 0)).any():
+        raise ValueError("a scale is too large or too small for fp16, in which all formats store it")
     if form == "awq":
         if bits != 4 or (q.g_idx.diff() < 0).any():
             raise ValueError("the AWQ format holds 4 bits and groups of neighbouring columns; write gptq or gptq_v2")
@@ -226,7 +226,8 @@ def load_simulated(folder: Path) -> nn.Module:
     tensors |= {f"{n}.weight": dequantize_nf4(q) if isinstance(q, NF4) else q.dequantize() for n, q in linears.items()}
     missing, unknown = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     missing = set(missing) - set(model._tied_weights_keys or () if config.tie_word_embeddings else ())
-    unknown = [n for n in unknown if not n.endswith(".bias")]  # auto-gptq writes biases of zero to models that have none
+    # auto-gptq writes biases of zero to models that have none
+    unknown = [n for n in unknown if not n.endswith(".bias") or tensors[n].any()]
     if missing or unknown:
         raise BadCheckpoint(f"{folder}: missing {missing}, unknown {unknown}")
     return model.eval()

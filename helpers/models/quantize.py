@@ -88,7 +88,7 @@ def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams:
             block.get_submodule(n).weight.copy_(after)
             if damping is not None:
                 outcome.damp_percent[f"{prefix}.{n}"] = damping
-            if gram is not None:
+            if gram is not None and settings.method != "awq":  # AWQ has clipped `before` already
                 signal = output_error(before.float(), gram.H)
                 outcome.error_db[f"{prefix}.{n}"] = decibel(output_error(before.float() - after, gram.H), signal)
 
@@ -102,7 +102,7 @@ def _alike(prefix: str, names: Sequence[str], grams, scheme: Scheme, outcome: Ou
             outcome.skipped.append(f"{prefix}.{n}")
             continue
         shared = id(grams[n]) if grams else n
-        key = (n if scheme.reference else shared, settings.bits, settings.group_size, settings.sym, settings.desc_act)
+        key = (n if scheme.reference or settings.method == "nf4" else shared, repr(replace(settings, overrides={})))
         sets.setdefault(key, (settings, []))[1].append(n)
     yield from sets.values()
 

@@ -20,10 +20,10 @@ def awq_block(block: nn.Module, prefix: str, grams: dict[str, Gram], folds: Sequ
               outcome: Outcome) -> None:
     """Scale, fold and clip the linears of a block by the error of each linear's output; `grams` follow the scales."""
     for fold in folds:
-        if not (settings := foldable(block, prefix, fold, scheme)):
+        if not scheme.scale or not (settings := foldable(block, prefix, fold, scheme)):
             continue
         gram = grams[fold.linears[0]]
-        W = torch.cat([block.get_submodule(n).weight for n in fold.linears])
+        W = torch.cat([block.get_submodule(n).weight for n in fold.linears]).float()
         candidates = awq.candidate_scales(gram.x_mean(), awq.weight_saliency(W, settings.group_size))
         best = awq.search_scale(candidates, awq.gram_loss(W, gram.H, settings.bits, settings.group_size))
         outcome.ratios[f"{prefix}.{fold.linears[0]}"] = best.ratio
@@ -32,7 +32,7 @@ def awq_block(block: nn.Module, prefix: str, grams: dict[str, Gram], folds: Sequ
     for n in clippable(folds):
         if scheme.clip and scheme.method == "awq" and (s := fitting(block, prefix, n, scheme)):
             weight = block.get_submodule(n).weight
-            weight.copy_(awq.clip(weight, awq.clip_by_gram(weight, grams[n].H, s.bits, s.group_size)))
+            weight.copy_(awq.clip(weight, awq.clip_by_gram(weight.float(), grams[n].H, s.bits, s.group_size)))
 
 
 def fitting(block: nn.Module, prefix: str, name: str, scheme: Scheme) -> Scheme | None:
@@ -46,6 +46,8 @@ def foldable(block: nn.Module, prefix: str, fold: Fold, scheme: Scheme) -> Schem
 
     With grouped-query attention the outputs of v are fewer than the inputs of o, and autoawq leaves that pair out.
     """
+    if fold.before == "self_attn_layer_norm" and not block.do_layer_norm_before:
+        raise ValueError(f"{prefix}: norms after the linears, as in OPT-350m, cannot take the scales of what comes before them")
     before, first = block.get_submodule(fold.before), block.get_submodule(fold.linears[0])
     if isinstance(before, nn.Linear) and before.out_features != first.in_features:
         return None

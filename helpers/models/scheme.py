@@ -16,7 +16,7 @@ class Scheme:
 
     `overrides` maps a regular expression on a linear's name to other settings for it, or to None: it stays in 16 bits.
     `search` looks for the group scales of least output error. `reference` follows the archived toolkits number for number
-    (gptq: auto-gptq; awq: autoawq, with autoawq's objective, the block's output).
+    (gptq: auto-gptq; awq: autoawq, with autoawq's objective, the block's output). `scale` and `clip` are the halves of AWQ.
     """
 
     method: str = "gptq"
@@ -26,6 +26,7 @@ class Scheme:
     desc_act: bool = False
     damp_percent: float = 0.01
     search: bool = False
+    scale: bool = True
     clip: bool = True
     true_sequential: bool = True
     reference: bool = False
@@ -34,6 +35,8 @@ class Scheme:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
+        if self.reference and self.method not in ("gptq", "awq"):
+            raise ValueError(f"reference: there is no toolkit to follow for {self.method!r}, only for gptq and awq")
 
     def at(self, name: str) -> "Scheme | None":
         """The settings for one linear; the first override that matches decides."""

@@ -138,5 +138,7 @@ def output_error(dW: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"]) -> f
 
 
 def decibel(error: float, signal: float) -> float:
-    """10 log10(error / signal): -20 dB is an error of 1 % of the signal's energy."""
-    return 10 * math.log10(error / signal)
+    """10 log10(error / signal): -20 dB is an error of 1 % of the signal's energy. No error is minus infinity."""
+    if not signal:
+        return math.nan
+    return 10 * math.log10(error / signal) if error > 0 else -math.inf

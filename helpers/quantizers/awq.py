@@ -50,7 +50,7 @@ def quantize_awq(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = 1
 
 def weight_saliency(W: Float[Tensor, "out in_"], group_size: int = 128) -> Float[Tensor, " in_"]:
     """Mean over the rows of |w| as a share of its group's largest."""
-    magnitude = W.abs().view(-1, W.shape[1] if group_size == -1 else group_size)
+    magnitude = W.abs().view(-1, check(W, 4, group_size))
     return (magnitude / (magnitude.amax(1, keepdim=True) + 1e-6)).view(W.shape).mean(0)
 
 
