@@ -52,9 +52,9 @@ _build/site/.built: $(CHAPTERS:chapters/%=_build/executed/%) $(STATIC)
 	$(BIN)/python -m helpers.book site _build/executed _build/site
 	touch $@
 
-# Committed outputs: always the bundled model on a CPU
+# Committed outputs: always the bundled model on a CPU. One chapter alone: make refresh ONLY=05_gptq
 refresh: $(ENV)
-	$(BIN)/python -m helpers.book refresh
+	$(BIN)/python -m helpers.book refresh $(ONLY)
 
 # --- data -----------------------------------------------------------------------------------------------------------
 sets: $(ENV)

@@ -97,8 +97,9 @@ print(dequantize(quantize(row, grid), grid).tolist()[0])
 # ## Smaller groups follow the weights more closely
 #
 # Each group has its own scale, so an outlier spoils only its own group. What does a group cost? With a 16-bit scale and a
-# 4-bit zero point, 20 bits for each group of $g$ weights: $4 + 20/g$ bits per weight. Guess how many dB of weight error you
-# win from one group a row (256 weights here) down to groups of 32.
+# 4-bit zero point, 20 bits for each group of $g$ weights: $4 + 20/g$ bits per weight. And what does it win? Errors are given
+# in *decibels* of the signal, $10 \log_{10}(\text{error energy} / \text{signal energy})$: $-20$ dB is an error of 1 % of the
+# energy. Guess how many dB of weight error you win from one group a row (256 weights here) down to groups of 32.
 
 # %%
 guess_db = 3.0
@@ -110,7 +111,7 @@ from helpers.models.loading import load
 from helpers.quantizers.affine import decibel, round_to_nearest
 
 run_on = settings(model, profile)
-lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
+lm, tokenizer = load(run_on["model"], run_on["revision"])  # fp32, on the CPU, in every profile
 name, linear = next(linears(lm))
 W = linear.weight.detach().float()
 
@@ -120,20 +121,20 @@ def weight_error_db(W_hat):
     return decibel((W - W_hat).square().sum().item(), W.square().sum().item())
 
 
-by_group = {g: weight_error_db(round_to_nearest(W, 4, g, sym=False)) for g in (W.shape[1], 128, 64, 32)}
+sizes = [g for g in (W.shape[1], 128, 64, 32) if W.shape[1] % g == 0]
+by_group = {g: weight_error_db(round_to_nearest(W, 4, g, sym=False)) for g in sizes}
 for g, db in by_group.items():
     print(f"groups of {g:5}: {4 + 20 / g:5.2f} bits a weight, error {db:6.1f} dB")
 print(f"won: {by_group[W.shape[1]] - by_group[32]:.1f} dB, guessed {guess_db}")
 
 # %% [markdown]
-# An error of $-20$ dB is 1 % of the energy. One bit more halves the step, so it quarters the squared error: 6.02 dB. Is
-# that what happens?
+# One bit more halves the step, so it quarters the squared error: 6.02 dB. Is that what happens?
 
 # %%
 import matplotlib.pyplot as plt
 
 bits = [2, 3, 4, 5, 6, 7, 8]
-measured = [weight_error_db(round_to_nearest(W, b, 128, sym=False)) for b in bits]
+measured = [weight_error_db(round_to_nearest(W, b, sizes[-2], sym=False)) for b in bits]
 figure, axes = plt.subplots(figsize=(6, 2.6))
 axes.plot(bits, measured, "o", label="measured")
 axes.plot(bits, [measured[-1] + 6.02 * (8 - b) for b in bits], color="black", linewidth=0.8, label="6.02 dB a bit")
@@ -145,9 +146,12 @@ print(f"{slope:.1f} dB a bit")
 assert 5.5 < slope < 7.5
 
 # %% [markdown]
+# A little more: the step is the range divided by $2^b - 1$, not $2^b$, and from two bits to three that is 7.4 dB.
+#
 # ## Weight error is not output error
 #
-# Two inputs that always move together, $x_2 = x_1$. Two roundings of $w = (0.5, 0.5)$ to integers, equally far from $w$:
+# In formulas $X$ has a row for each input and a column for each token. Two inputs that always move together, $x_2 = x_1$. Two
+# roundings of $w = (0.5, 0.5)$ to integers, equally far from $w$:
 
 # %%
 w, X = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -2.0, 3.0], [1.0, -2.0, 3.0]])
@@ -193,8 +197,7 @@ block_name, block = next(walk.blocks())
 grams = walk.grams(block, architecture(lm).groups)
 
 # %% [markdown]
-# Now the output error of each linear of the first block, rounded to nearest, against its weight error. Where do the two
-# differ most?
+# Now the output error of each linear of the first block, rounded to nearest, beside its weight error:
 
 # %%
 from helpers.quantizers.affine import GroupSizeError
@@ -217,8 +220,8 @@ axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# The bars lie close together, the dots do not: the same rounding hurts some layers' outputs more than others', by what
-# their inputs are. A method that looks at $H$ can do something about it.
+# The bars (weights) lie close together, the dots (outputs) do not: the same rounding hurts some layers' outputs more than
+# others', by what their inputs are. A method that looks at $H$ can do something about it.
 #
 # ## Bits per weight, counted honestly
 #
@@ -240,7 +243,8 @@ for shape_name, config in shapes.items():
     print(f"{shape_name:12} {each}")
 
 # %% [markdown]
-# The larger the model, the nearer to the nominal number; in a small one the embeddings weigh as much as the rest.
+# The larger the model, the nearer to the nominal number; in a small one the 16-bit embeddings and head take nearly as many
+# bytes as all quantized weights.
 #
 # ## Against the toolkit's own file
 #
@@ -258,14 +262,17 @@ theirs, _ = read_artefact(COMMITTED / "autogptq-gptq")
 lm_bundled = load().model
 walk = Walk(lm_bundled)
 walk.begin(windows(calibration(load().tokenizer), 256, 128))
-block_name, block = next(walk.blocks())
-H = walk.grams(block, [("mlp.up_proj",)])["mlp.up_proj"].H
-W = block.mlp.up_proj.weight.detach()
+block_name, first = next(walk.blocks())
+H = walk.grams(first, [("mlp.up_proj",)])["mlp.up_proj"].H
+W = first.mlp.up_proj.weight.detach()
 file = theirs[f"{block_name}.mlp.up_proj"].dequantize()
 for what, W_hat in (("rounded to nearest", round_to_nearest(W, 4, 128)), ("auto-gptq's file", file)):
     weight_db = decibel((W - W_hat).square().sum().item(), W.square().sum().item())
     output_db = decibel(output_error(W - W_hat, H), output_error(W, H))
     print(f"{what:20} weights {weight_db:6.1f} dB   output {output_db:6.1f} dB")
+rounded = round_to_nearest(W, 4, 128)
+smaller = (W - file).norm() < (W - rounded).norm()
+print("weight error smaller than rounding's:", bool(smaller), " guessed:", guess_gptq_weight_error_is_smaller)
 
 # %% [markdown]
 # GPTQ's weights are *farther* from the original, and its output is nearer. That is equation 3.1 at work.
@@ -277,7 +284,7 @@ for what, W_hat in (("rounded to nearest", round_to_nearest(W, 4, 128)), ("auto-
 from helpers.models.checkpoints import load_simulated
 from helpers.toolkits.artefacts import reload
 
-ids = torch.tensor([tokens[0]]) if lm.config.vocab_size >= 1280 else torch.arange(20)[None]
+ids = torch.tensor(windows(calibration(load().tokenizer), 128, 1))
 with torch.inference_mode():
     ours = load_simulated(COMMITTED / "autogptq-gptq")(ids).logits
     kernel = reload(COMMITTED / "autogptq-gptq")(ids).logits
@@ -300,7 +307,7 @@ print("logits differ by less than 0.1 %")
 #
 # ## Exercises
 #
-# 1. Round `row` symmetrically with 2 bits. Which value is now farther off, and why?
+# 1. Round `row` symmetrically with 2 bits. Which value is now farthest off, and why?
 #
 # <details><summary>Solution</summary>
 #
@@ -312,8 +319,8 @@ print("logits differ by less than 0.1 %")
 #
 # <details><summary>Solution</summary>
 #
-# For uncorrelated inputs. `output_error(dW, torch.diag(H.diagonal()))` against `output_error(dW, H)` shows how far these
-# are from it.
+# For inputs that are uncorrelated and have mean zero ($H$ is not centred). With `dW = W - rounded`,
+# `output_error(dW, torch.diag(H.diagonal()))` against `output_error(dW, H)` shows how far these are from it.
 # </details>
 #
 # 3. What is the error of a random rounding up or down, against rounding to nearest, in dB of weights?

@@ -14,7 +14,8 @@
 # **After this chapter** you can say what "salient" means and what the "1 %" is, search AWQ's scales without a forward pass,
 # fold them away, and tell on which models that helps.
 #
-# *Needs*: [chapter 3](03_error_formula.ipynb). *Time*: a minute on a laptop CPU. *On a GPU*: nothing changes here.
+# *Needs*: chapters [2](02_pipelines.ipynb) (KL, ΔNLL) and [3](03_error_formula.ipynb). *Time*: a minute on a laptop CPU.
+# *On a GPU*: nothing changes here.
 #
 # Some input channels are much larger than others. An error in a weight that multiplies a large input is a large error of the
 # output. AWQ ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)) multiplies the weights of such channels by $s > 1$ before
@@ -52,9 +53,9 @@ profile = None  # a name from helpers/profiles.json, instead of `model`
 # %% [markdown]
 # ## By hand
 #
-# A row of four weights on a 2-bit symmetric grid, and a second input ten times as large as the others. The step of the grid
-# is decided by the largest weight, 0.9. Scaling channel 2 by two halves what its rounding costs, as long as the largest
-# weight, and so the step, stays what it was.
+# A row of four weights on a 2-bit grid over its range, $-0.6$ to $0.9$, step 0.5, and a second input ten times as large as the
+# others. Scaling channel 2 by $s$ divides the largest possible error of its weight by $s$, as long as the range, and so the
+# step, stays what it was.
 
 # %%
 import torch
@@ -72,10 +73,11 @@ for factor in (1.0, 2.0, 4.0, 16.0):
 # Too much is too much: at 16 the scaled weight is the largest, the step grows, and every other weight pays. So $s$ has to be
 # searched, and one number decides it:
 #
-# $$s = \frac{\bar x^{\,r}}{\bar w^{\,1-r}}, \qquad r \in \{0, 0.05, \ldots, 0.95\} \tag{6.2}$$
+# $$s \propto \frac{\bar x^{\,r}}{\bar w^{\,1-r}}, \qquad r \in \{0, 0.05, \ldots, 0.95\} \tag{6.2}$$
 #
-# with $\bar x$ the mean magnitude of each input channel and $\bar w$ the mean of its weights relative to their groups. (The
-# paper's own code has $\bar x^{\,r}$ alone; autoawq divides by $\bar w$ too.)
+# with $\bar x$ the mean magnitude of each input channel and $\bar w$ the mean of its weights relative to their groups; then $s$
+# is divided by $\sqrt{\max s \cdot \min s}$. (The paper's own code has $\bar x^{\,r}$ alone, where $r = 0$ is no scaling; with
+# $\bar w$, as in autoawq and here, no scaling is not among the candidates.)
 #
 # ## What the "top 1 %" is and is not
 #
@@ -93,7 +95,7 @@ from helpers.models.loading import load
 from helpers.models.texts import calibration, windows
 
 run_on = settings(model, profile)
-lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
+lm, tokenizer = load(run_on["model"], run_on["revision"])  # fp32, on the CPU, in every profile
 tokens = windows(calibration(tokenizer), 128, 32)
 
 
@@ -106,7 +108,7 @@ def first_block(lm):
 
 
 block, grams, walk = first_block(lm)
-loud = add_outliers(load(*(run_on[k] for k in ("model", "revision", "dtype", "device"))).model)
+loud = add_outliers(load(run_on["model"], run_on["revision"]).model)
 loud_block, loud_grams, _ = first_block(loud)
 
 figure, axes = plt.subplots(figsize=(6.5, 2.4))
@@ -129,10 +131,11 @@ with torch.inference_mode():
 print("same function")
 
 # %% [markdown]
-# ## The search, without a forward pass
+# ## The search, without a forward pass for each candidate
 #
-# autoawq runs the block once for each of the 20 candidates. For the error of a linear's output that is not needed: equation
-# 3.3 gives it from $H$, whatever the number of tokens. Same choice?
+# autoawq runs the attention or the MLP once for each of the 20 candidates. For the error of a linear's output that is not
+# needed: equation 3.3 gives it from $H$, which is collected once, whatever the number of tokens. Same choice? (In code $X$ has
+# a row for each token.)
 
 # %%
 from helpers.quantizers.awq import RATIOS, candidate_scales, gram_loss, search_scale, weight_saliency
@@ -164,14 +167,18 @@ print(f"ratio {by_gram.ratio}, with {len(X)} tokens and without")
 figure, axes = plt.subplots(figsize=(6, 2.6))
 quiet_W = torch.cat([block.get_submodule(n).weight for n in fold.linears]).detach()
 quiet = search_scale(candidate_scales(grams[name].x_mean(), weight_saliency(quiet_W, 128)), gram_loss(quiet_W, grams[name].H))
+ones = torch.ones(W.shape[1])
+unscaled = {"this model": gram_loss(quiet_W, grams[name].H)(ones), "with outlier channels": gram_loss(W, gram.H)(ones)}
 for what, found in (("this model", quiet), ("with outlier channels", by_gram)):
-    axes.plot(RATIOS, torch.tensor(found.losses) / found.losses[0], marker=".", label=what)
-axes.set(xlabel="ratio r", ylabel="output error / error at r = 0", yscale="log")
+    axes.plot(RATIOS, torch.tensor(found.losses) / unscaled[what], marker=".", label=what)
+axes.axhline(1, color="black", linewidth=0.8)
+axes.set(xlabel="ratio r", ylabel="output error / error without scaling", yscale="log")
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# Twenty candidates through the Gram matrix against twenty forward passes, and whole models beside the toolkits:
+# Twenty candidates through the Gram matrix (given) against twenty forward passes, and whole models beside the toolkits. Ours
+# looks at each linear's output, theirs at that of the attention and the MLP:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.latency import beside
@@ -185,8 +192,8 @@ beside(bench.data["awq"] | {k: v for k, v in bench.data["end to end"].items() if
 # ## Folding
 #
 # Dividing the inputs by $s$ costs nothing at run time, because the norm before the linears can do it: its weight is divided
-# by $s$. The same goes for values into the output projection (if there are as many value heads as query heads) and up into
-# down projections. Without rounding nothing changes:
+# by $s$. The same goes for values into the output projection (if there are as many value heads as query heads, which is not
+# so in this model) and up into down projections. Without rounding nothing changes:
 
 # %%
 import copy
@@ -233,14 +240,16 @@ plots.sweep(record.data["sweeps"], plots.METHODS["awq"][0])
 plt.show()
 
 # %% [markdown]
-# - *Scales* need something to scale. Without outlier channels they change nothing that these questions could tell; with them
-#   they take the damage back to where it is without.
-# - *Clipping* does the larger part here: it halves the KL of both models.
-# - *GPTQ*, which uses all of $H$, is ahead of AWQ on both. Outlier channels cost it little, and AWQ's scales before it make
-#   up for that.
-# - *1 % of the channels in 16 bits* helps most where there are outliers, less than clipping, and no kernel is built for it.
-# - *Calibration text*: no difference detectable between instructions, recipes, long and short texts; only random tokens are
-#   worse. Sizes of channels carry over from text to text, correlations do not (chapter 5).
+# - *Scales* need something to scale. Without outlier channels no difference is detectable; with them they take off two thirds
+#   of what the outliers added to the KL of rounding.
+# - *Clipping* alone helps both models, and more than scales alone; both together help most.
+# - *GPTQ*, which uses all of $H$, has about half the KL of AWQ or less on both. With AWQ's scales before it, KL is lower by
+#   estimate on the loud model, higher on the plain one: scale where there is something to scale.
+# - *Four channels in 16 bits*, the paper's observation (1.6 % here: as many as stand out), helps both models, most where there
+#   are outliers; AWQ does better with nothing in 16 bits, and the AWQ format has no place for mixed channels.
+# - *Calibration text*: no difference detectable between instructions, recipes, long and short texts; random tokens are worse.
+#   GPTQ, on the same texts, is much more particular (chapter 5).
+# - *Groups*: 32 and 64 are measurably better in KL than 128, a whole row is worse.
 #
 # ## To a file, and back
 
@@ -295,15 +304,15 @@ except ToolkitMissing as missing:
 #   uses a copy.
 # - *Lengths*: autoawq drops texts longer than its window, GPTQModel's AWQ all but the last batch of equal length. Both in
 #   silence; the helpers count the tokens.
-# - *Grouped-query attention*: values cannot be scaled into the output projection, so that linear goes without.
+# - *Grouped-query attention*: autoawq and the helper do not scale values into the output projection; it goes without.
 # - *One-sided groups*: the AWQ grid need not contain zero, but its zero point must be a code, so such a group is cut off.
 # - *The top 1 %*: a sentence like "AWQ keeps the top 1 % of weights out of quantization" describes a table of the paper, not
-#   the files that toolkits write. Look into one: every weight has a 4-bit code.
+#   the files that toolkits write. Look into one: every weight of the quantized linears has a 4-bit code.
 #
 # ## Summary
 #
 # AWQ is rounding to nearest after a change of scale that costs nothing at run time, found by a search over one number, and
-# clipping. It needs the size of the inputs, not their correlations, and it pays where a few channels stand out.
+# clipping. The candidates need only the sizes of the inputs; choosing among them, and clipping, use $H$.
 #
 # ## Exercises
 #
@@ -318,8 +327,8 @@ except ToolkitMissing as missing:
 #
 # <details><summary>Solution</summary>
 #
-# Loop over `torch.arange(1, 8, 0.5)`: the error jumps wherever a weight crosses to another code. The search space of a real
-# layer is just as rough, which is why a grid is searched and no gradient followed.
+# 2.5: then $0.2 \cdot 2.5$ is exactly one step. The error jumps wherever a weight crosses to another code, which is why a grid
+# is searched and no gradient followed.
 # </details>
 #
 # ## Quiz
@@ -330,8 +339,9 @@ except ToolkitMissing as missing:
 #
 # <details><summary>Answers</summary>
 #
-# 1. None: scales need $\bar x$, clipping needs the inputs of each group. 2. With $\bar w$ left out it is plain rounding, the
-# fallback. 3. To choose among its candidates by the output error, yes (they are in $H$); to form the candidates, no.
+# 1. None: scales need $\bar x$, clipping needs the inputs of each group. 2. In the paper's form it is plain rounding, the
+# fallback; with $\bar w$ it is scaling by the weights alone. 3. To choose among its candidates by the output error, yes (they
+# are in $H$); to form the candidates, no.
 # </details>
 #
 # **Next**: chapters on sensitivity, kernels and speed. *References*: [Lin et al. 2023](https://arxiv.org/abs/2306.00978).

@@ -1,6 +1,6 @@
 """The book's own machinery: the start of a chapter, committed outputs, the site, and runs on other models.
 
-`python -m helpers.book refresh | site NOTEBOOKS OUT | execute-other | execute-profile NAME` (see the Makefile).
+`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other | execute-profile NAME` (see the Makefile).
 """
 
 import argparse
@@ -68,12 +68,12 @@ def execute(notebook: Path, out: Path, **parameters) -> None:
     partial.replace(out)
 
 
-def refresh() -> None:
-    """Rewrite the committed notebooks from their .py halves, with the outputs of the bundled model on this CPU."""
+def refresh(names: list[str]) -> None:
+    """Rewrite the committed notebooks (all, or these) from their .py halves, with the bundled model's outputs on this CPU."""
     import jupytext
     import nbformat
 
-    for source in tqdm(sorted(CHAPTERS.glob("*.py")), desc="refresh"):
+    for source in tqdm([CHAPTERS / f"{n}.py" for n in names] or sorted(CHAPTERS.glob("*.py")), desc="refresh"):
         notebook = jupytext.read(source)
         for n, cell in enumerate(notebook.cells):
             cell["id"] = f"{source.stem[:2]}-{n}"  # ids that do not change with every refresh
@@ -126,7 +126,7 @@ def other_model() -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("refresh")
+    commands.add_parser("refresh").add_argument("names", nargs="*")
     commands.add_parser("execute-other")
     build = commands.add_parser("site")
     build.add_argument("notebooks", type=Path)
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     commands.add_parser("execute-profile").add_argument("name", choices=PROFILES)
     args = parser.parse_args()
     if args.command == "refresh":
-        refresh()
+        refresh(args.names)
     elif args.command == "site":
         site(args.notebooks, args.out)
     elif args.command == "execute-other":
