@@ -257,19 +257,18 @@ plt.show()
 import tempfile
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AwqConfig
+from transformers import AwqConfig
 
 from helpers.models.checkpoints import load_simulated, quantize_to
 from helpers.models.loading import resolve
 from helpers.models.scheme import Scheme
+from helpers.toolkits.artefacts import reload
 
-torch.compiler.set_stance("force_eager")
 scratch = tempfile.TemporaryDirectory()
 out = Path(scratch.name) / "awq"
 outcome = quantize_to(out, resolve(run_on["model"], run_on["revision"]), Scheme("awq"), tokens[:8])
 with torch.inference_mode():
-    theirs = AutoModelForCausalLM.from_pretrained(out, quantization_config=AwqConfig(bits=4, backend="torch_awq"),
-                                                  dtype=torch.float32, device_map="cpu")(ids[:1, :16]).logits
+    theirs = reload(out, quantization_config=AwqConfig(bits=4, backend="torch_awq"))(ids[:1, :16]).logits
     ours = load_simulated(out)(ids[:1, :16]).logits
 assert (theirs - ours).norm() < 0.002 * ours.norm()
 print(f"{len(outcome.ratios)} scales found; logits through transformers equal ours within 0.2 %")

@@ -68,7 +68,9 @@ def test_committed_artefacts_are_of_this_model_and_small():
 
 
 def test_reload_says_what_is_wrong(tmp_path):
-    (tmp_path / "report.json").write_text('{"method": "nf4"}')
+    with pytest.raises(ModelUnavailable, match="is not a quantized model"):
+        reload(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
     with pytest.raises(ModelUnavailable, match="could not be loaded by transformers"):
         reload(tmp_path)
 

@@ -89,9 +89,15 @@ def reload(folder: Path, device: str = "cpu", **options):
     for AWQ takes a minute where the automatic choice takes two seconds); `options` go to `from_pretrained` and win. What the
     toolkits print while they load is kept back. Raises ModelUnavailable.
     """
-    method = report(folder)["method"]
+    try:
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ModelUnavailable(f"{folder} is not a quantized model: {error}") from error
+    method = settings["quant_method"]
     if device == "cpu" and method in ("gptq", "awq"):
-        exact = {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")} if method == "gptq" else {}
+        exact = {}
+        if method == "gptq":
+            exact = {"quantization_config": GPTQConfig(bits=settings["bits"], backend="gptq_torch")}
         options = exact | {"dtype": torch.float32} | options
         # GPTQModel compiles its kernels for each new length of input: minutes, for a model that runs in milliseconds
         torch.compiler.set_stance("force_eager")
