@@ -280,7 +280,7 @@ print("weight error smaller than rounding's:", bool(smaller), " guessed:", guess
 # The same file through transformers, which calls GPTQModel's kernel, against our reading of it: do both compute the same
 # weights?
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from helpers.models.checkpoints import load_simulated
 from helpers.toolkits.artefacts import reload
 

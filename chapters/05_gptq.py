@@ -287,7 +287,7 @@ print({f.name: f.stat().st_size for f in sorted(out.iterdir()) if f.suffix == ".
 # %% [markdown]
 # It is a GPTQ file like any other: transformers loads it, with GPTQModel's kernel.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from helpers.toolkits.artefacts import reload
 
 ids = torch.tensor([tokens[0][:32]])

@@ -253,7 +253,7 @@ plt.show()
 #
 # ## To a file, and back
 
-# %%
+# %% tags=["nbval-ignore-output"]
 import tempfile
 from pathlib import Path
 
