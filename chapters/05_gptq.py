@@ -202,7 +202,7 @@ for term, size in memory["formula"].items():
     print(f"    {size / 1e6:6.0f} MB  {term}")
 
 # %% [markdown]
-# The peak is well above the sum of what the algorithm needs; where the rest goes is an open question.
+# The peak is well above the sum of what the algorithm needs: the C library keeps much of what was freed.
 #
 # ## Decision points, measured
 #
