@@ -118,6 +118,7 @@ gram = walk.grams(block, [group])[group[0]]
 W = block.get_submodule(group[0]).weight.detach().float()
 H, dead = damped(gram.H, 0.01)
 
+# %%
 grid = fit_qparams(W, 4, -1)
 scale, zero = grid.scale[:, 0], grid.zero_point[:, 0]
 

@@ -111,6 +111,7 @@ block, grams, walk = first_block(lm)
 loud = add_outliers(load(run_on["model"], run_on["revision"]).model)
 loud_block, loud_grams, _ = first_block(loud)
 
+# %%
 figure, axes = plt.subplots(figsize=(6.5, 2.4))
 name = architecture(lm).folds[0].linears[0]
 for what, found in (("this model", grams), ("with outlier channels", loud_grams)):
