@@ -96,8 +96,8 @@ def test_artefacts_hold_the_quantized_model(model, method, tmp_path):
     assert written.skipped == outcome.skipped == []
     assert written.error_db == pytest.approx(outcome.error_db, abs=0.1)
     again = load_simulated(tmp_path / "out")
-    # scales are rounded to fp16 on the way, and double quantization rounds absmax to 8 bits
-    assert (logits(again) - logits(model)).norm() < (0.05 if method == "nf4" else 0.01) * logits(model).norm()
+    # scales are rounded to fp16 on the way; those of NF4 to 8 bits, in memory too
+    assert (logits(again) - logits(model)).norm() < (1e-5 if method == "nf4" else 0.01) * logits(model).norm()
     record = json.loads((tmp_path / "out" / PROVENANCE).read_text())
     assert record["revision"] == "abc" and record["source_sha256"] == folder_hash(tmp_path / "source")
     assert record["tokens"] == (0 if method in ("rtn", "nf4") else sum(map(len, TOKENS)))

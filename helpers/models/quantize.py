@@ -15,7 +15,7 @@ from helpers.models.scheme import Outcome, Scheme
 from helpers.quantizers.affine import GroupSizeError, Quantized, decibel, fit_qparams, on_grid, output_error, round_to_nearest
 from helpers.quantizers.awq import quantize_awq
 from helpers.quantizers.gptq import gptq, gptq_columns
-from helpers.quantizers.nf4 import NF4, dequantize_nf4, quantize_nf4
+from helpers.quantizers.nf4 import NF4, dequantize_absmax, dequantize_nf4, quantize_absmax, quantize_nf4
 
 
 def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[Sequence[int]] = (),
@@ -35,7 +35,8 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
         # auto-gptq adds up sequence by sequence, autoawq sends all through at once
         at_once = {"gptq": 1, "awq": 2**62}[scheme.method] if scheme.reference else 4096
         outcome.tokens = walk.begin(sequences, at_once)
-    for name, block in tqdm(walk.blocks(), total=walk.model.config.num_hidden_layers, disable=not progress, desc="blocks"):
+    count = walk.model.config.num_hidden_layers
+    for n, (name, block) in enumerate(tqdm(walk.blocks(), total=count, disable=not progress, desc="blocks"), 1):
         if scheme.method.startswith("awq"):
             if scheme.reference:
                 awq_as_autoawq(walk, block, name, folds, scheme, outcome)
@@ -47,7 +48,7 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
         else:
             for group in groups:
                 quantize_linears(block, name, group, walk.grams(block, [group], kind), scheme, outcome)
-        if calibrated and not (scheme.reference and scheme.method == "awq"):  # autoawq goes on with full precision
+        if calibrated and n < count and not (scheme.reference and scheme.method == "awq"):  # autoawq has done so before
             walk.advance(block)
         if done:
             done(name, block, outcome)
@@ -58,14 +59,15 @@ def quantize_many(model: nn.Module, schemes: Sequence[Scheme], sequences: Sequen
     """One model by many schemes, from Gram matrices collected once, on the unquantized model, which is left as it is."""
     walk, (_, groups, folds) = Walk(model), architecture(model)
     outcomes = [Outcome(tokens=tokens) for tokens in [walk.begin(sequences)] for _ in schemes]
-    for name, block in walk.blocks():
+    for n, (name, block) in enumerate(walk.blocks(), 1):
         grams = walk.grams(block, groups)
         for scheme, outcome in zip(schemes, outcomes, strict=True):
             changed, own = copy.deepcopy(block), dict(grams)
             if scheme.method.startswith("awq"):
                 awq_block(changed, name, own, folds, scheme, outcome)
             quantize_linears(changed, name, [n for g in groups for n in g], own, scheme, outcome)
-        walk.advance(block)
+        if n < model.config.num_hidden_layers:
+            walk.advance(block)
     return outcomes
 
 
@@ -81,7 +83,7 @@ def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams:
         except GroupSizeError:
             outcome.skipped += [f"{prefix}.{n}" for n in same]
             continue
-        W_hat = dequantize_nf4(found) if isinstance(found, NF4) else found.dequantize()
+        W_hat = _as_in_files(found)
         rows = [block.get_submodule(n).out_features for n in same]
         for n, part, before, after in zip(same, _rows(found, rows), stacked.split(rows), W_hat.split(rows), strict=True):
             outcome.codes[f"{prefix}.{n}"] = part
@@ -118,6 +120,13 @@ def _solve(W: Tensor, gram: Gram | None, s: Scheme) -> tuple[Quantized | NF4, fl
     if s.method == "awq":
         return quantize_awq(W, s.bits, s.group_size), None
     return on_grid(W, fit_qparams(W, s.bits, s.group_size, s.sym)), None
+
+
+def _as_in_files(found: Quantized | NF4) -> Tensor:
+    """W_hat; that of NF4 with double quantization, which the files have."""
+    if isinstance(found, NF4):
+        return dequantize_nf4(found._replace(absmax=dequantize_absmax(quantize_absmax(found.absmax))))
+    return found.dequantize()
 
 
 def _rows(found: Quantized | NF4, rows: Sequence[int]) -> Iterator[Quantized | NF4]:

@@ -97,15 +97,22 @@ def quantize_nf4(W: Float[Tensor, "..."], block_size: int = 64) -> NF4:
 
 def dequantize_nf4(q: NF4, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """codebook[code] * absmax, computed in fp32, then cast."""
-    n = torch.Size(q.shape).numel()
-    whole = n // q.block_size
+    n, size = torch.Size(q.shape).numel(), q.block_size
+    whole, flat = n // size, torch.empty(n)
     # both values of a byte at once: a table of 256 pairs, each moved as one 8-byte number
     values = codebook()
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).squeeze(1)
-    flat = pairs.index_select(0, q.packed.int()).view(torch.float32)[:n]
-    flat[:whole * q.block_size].view(-1, q.block_size).mul_(q.absmax[:whole, None])
-    if n % q.block_size:
-        flat[whole * q.block_size:] *= q.absmax[-1]
+
+    def looked_up(part: slice) -> Tensor:
+        return pairs.index_select(0, q.packed[part.start // 2:(part.stop + 1) // 2].int()).view(torch.float32)
+
+    rows = max(1, CHUNK // size)
+    for i in range(0, whole, rows):  # looked up in the cache, written to memory once
+        part = slice(i * size, min(i + rows, whole) * size)
+        torch.mul(looked_up(part).view(-1, size), q.absmax[i:min(i + rows, whole), None], out=flat[part].view(-1, size))
+    if n % size:
+        rest = slice(whole * size, n)
+        flat[rest] = looked_up(rest)[:n % size] * q.absmax[-1]
     return flat.view(q.shape).to(dtype)
 
 
