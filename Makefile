@@ -69,7 +69,7 @@ model: $(ENV) sets
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
 
-# What each knob does to the answers, and how fast it all is: 20 minutes each on two idle cores, committed as data
+# What each knob does to the answers (45 minutes), and how fast it all is (20 minutes, on two idle cores), committed as data
 sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps
 bench: $(ENV) $(ORIGINALS)

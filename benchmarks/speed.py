@@ -31,6 +31,7 @@ from helpers.quantizers.affine import output_error
 from helpers.quantizers.gptq import gptq, gptq_columns
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4
 from helpers.results import Record, folder_hash, save
+from helpers.toolkits.artefacts import CALIBRATION
 from helpers.toolkits.process import ROOT, Job, run
 
 LARGER = LlamaConfig(vocab_size=1280, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
@@ -223,7 +224,7 @@ def measured(folder: Path) -> int:
 def main(repeats: int) -> None:
     torch.manual_seed(0)
     _, tokenizer = load()
-    tokens = windows(calibration(tokenizer), 256, 64)
+    tokens = windows(calibration(tokenizer, CALIBRATION["name"]), CALIBRATION["length"], CALIBRATION["count"])
     with tempfile.TemporaryDirectory() as scratch:
         sizes = {"bundled, 3.8 M": BUNDLED, "random, 39 M": random_model(LARGER, Path(scratch) / "larger")}
         found = {"threads": torch.get_num_threads(), "nf4": nf4(), "gptq": gptq_solve(sizes, tokens),

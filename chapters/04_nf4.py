@@ -108,7 +108,8 @@ plt.show()
 #
 # Each block of 64 weights is divided by its largest magnitude, *absmax*, and every weight goes to the nearest value:
 #
-# $$q_i = \arg\min_k \left| \frac{w_i}{\max_j |w_j|} - v_k \right|, \qquad \hat w_i = v_{q_i} \max_j |w_j| \tag{4.1}$$
+# $$\begin{aligned} q_i &= \arg\min_k \left| \frac{w_i}{\max_j |w_j|} - v_k \right| \\
+#   \hat w_i &= v_{q_i} \max_j |w_j| \end{aligned} \tag{4.1}$$
 
 # %%
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4, unpack_pairs
@@ -139,12 +140,12 @@ from helpers.measure.latency import beside
 from helpers.results import read
 
 bench = read("bench")
-print(f"{bench.machine['cpu_capability']}, {bench.data['threads']} threads, {bench.date}, {bench.command}")
+print(f"{bench.machine['cpu']}, {bench.data['threads']} threads, {bench.date}, {bench.command}")
 beside(bench.data["nf4"])
 
 # %% [markdown]
-# Quantizing is faster because a table lookup replaces comparisons. Dequantizing is slower: the library writes each weight
-# once, in one fused loop, and tensor operations pass over the output twice.
+# Quantizing is faster because a table lookup replaces comparisons. Dequantizing is slower: the library looks up and multiplies
+# in one fused loop, in tensor operations these are two.
 #
 # ## Double quantization
 #
@@ -200,7 +201,7 @@ assert rows["uniform"]["NF4"] > rows["uniform"]["INT4 symmetric"]
 from helpers import plots
 
 record = read("sweep_nf4")
-print(f"{record.data['questions']} questions, {record.machine['cpu_capability']}, {record.date}")
+print(f"{record.data['questions']} questions, {record.machine['cpu']}, {record.date}")
 plots.sweep(record.data["sweeps"], colour="#009E73")
 plt.show()
 

@@ -21,7 +21,8 @@
 # output. AWQ ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)) multiplies the weights of such channels by $s > 1$ before
 # rounding, and divides the inputs by $s$:
 #
-# $$W X = (W\,\mathrm{diag}(s))\,(\mathrm{diag}(s)^{-1} X) \approx Q(W\,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1} X \tag{6.1}$$
+# $$\begin{aligned} W X &= (W\,\mathrm{diag}(s))\,(\mathrm{diag}(s)^{-1} X) \\
+#   &\approx Q(W\,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1} X \end{aligned} \tag{6.1}$$
 
 # %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
@@ -73,7 +74,7 @@ for factor in (1.0, 2.0, 4.0, 16.0):
 # Too much is too much: at 16 the scaled weight is the largest, the step grows, and every other weight pays. So $s$ has to be
 # searched, and one number decides it:
 #
-# $$s \propto \frac{\bar x^{\,r}}{\bar w^{\,1-r}}, \qquad r \in \{0, 0.05, \ldots, 0.95\} \tag{6.2}$$
+# $$s \propto \frac{\bar x^{\,r}}{\bar w^{\,1-r}}, \quad r = 0, 0.05, \ldots, 0.95 \tag{6.2}$$
 #
 # with $\bar x$ the mean magnitude of each input channel and $\bar w$ the mean of its weights relative to their groups; then $s$
 # is divided by $\sqrt{\max s \cdot \min s}$. (The paper's own code has $\bar x^{\,r}$ alone, where $r = 0$ is no scaling; with
@@ -186,7 +187,7 @@ from helpers.measure.latency import beside
 from helpers.results import read
 
 bench = read("bench")
-print(f"{bench.machine['cpu_capability']}, {bench.data['threads']} threads, {bench.date}, {bench.command}")
+print(f"{bench.machine['cpu']}, {bench.data['threads']} threads, {bench.date}, {bench.command}")
 beside(bench.data["awq"] | {k: v for k, v in bench.data["end to end"].items() if k.startswith("AWQ")})
 
 # %% [markdown]
@@ -227,7 +228,8 @@ for what, W_hat in (("rounded", fake_quantize(W_down, 3)), ("clipped, then round
 # %% [markdown]
 # ## What it does to answers
 #
-# At 3 bits, with the bundled model and with its outlier variant. Predict: how much does scaling alone help each?
+# At 3 bits, with the bundled model and with its outlier variant, each calibrated variant on several draws of windows (chapter
+# 5). Predict: how much does scaling alone help each?
 
 # %%
 guess = {"this model": "a little", "with outlier channels": "a lot"}
@@ -236,21 +238,24 @@ guess = {"this model": "a little", "with outlier channels": "a lot"}
 from helpers import plots
 
 record = read("sweep_awq")
-print(f"{record.data['questions']} questions, {record.machine['cpu_capability']}, {record.date}")
+print(f"{record.data['questions']} questions, {record.data['draws']} draws, {record.machine['cpu']}, {record.date}")
+print(f"guessed: {guess}")
 plots.sweep(record.data["sweeps"], plots.METHODS["awq"][0])
 plt.show()
 
 # %% [markdown]
-# - *Scales* need something to scale. Without outlier channels no difference is detectable; with them they take off two thirds
-#   of what the outliers added to the KL of rounding.
-# - *Clipping* alone helps both models, and more than scales alone; both together help most.
-# - *GPTQ*, which uses all of $H$, has about half the KL of AWQ or less on both. With AWQ's scales before it, KL is lower by
-#   estimate on the loud model, higher on the plain one: scale where there is something to scale.
+# - *Scales* need something to scale. Without outlier channels no difference is detectable; with them they take off most of
+#   what the outliers added to the KL of rounding.
+# - *Clipping* alone helps both models; scales and clipping together help most.
+# - *GPTQ*, which uses all of $H$, has about half the KL of AWQ on both. AWQ's scales before it lower the KL measurably where
+#   there are outliers, and not where there are none.
 # - *Four channels in 16 bits*, the paper's observation (1.6 % here: as many as stand out), helps both models, most where there
 #   are outliers; AWQ does better with nothing in 16 bits, and the AWQ format has no place for mixed channels.
-# - *Calibration text*: no difference detectable between instructions, recipes, long and short texts; random tokens are worse.
-#   GPTQ, on the same texts, is much more particular (chapter 5).
-# - *Groups*: 32 and 64 are measurably better in KL than 128, a whole row is worse.
+# - *Calibration text*: no difference in KL detectable between instructions, recipes and long texts; short texts are a little
+#   better, random tokens worse. GPTQ, on the same texts, is much more particular (chapter 5).
+# - *Groups*: 32 and 64 are measurably better in KL than 128; a whole row (256 or 768 weights here) cannot be told from it.
+# - *By whom*: GPTQModel's file cannot be told from ours; autoawq's, a single draw, has a slightly higher KL. So the speed
+#   above is not bought with quality.
 #
 # ## To a file, and back
 

@@ -34,6 +34,12 @@ def label_ends(ax, lines: dict[str, tuple[float, float, str]], gap: float) -> No
         ax.text(x, at, f"  {name}", va="center", color=colour, fontsize=8, clip_on=False)
 
 
+def between(interval: tuple[float, float, float], form: str) -> str:
+    """An estimate and its interval as text, each number in this format."""
+    estimate, low, high = interval
+    return f"{estimate:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def learning_curves(ax, curve: list[dict], tasks: list[str]) -> None:
     """Share of exact answers of each task against training tokens."""
     ends = {}
@@ -123,25 +129,29 @@ def pipelines(ax) -> None:
     ax.axis("off")
 
 
-def sweep(table: dict[str, dict], colour: str, columns: int = 2) -> None:
+def sweep(table: dict[str, dict], colour: str) -> None:
     """One panel a knob: KL from the 16-bit model at each of its values, with 95 % intervals and the share of right answers.
 
-    Hollow: the paired difference from the panel's first row has an interval that contains zero.
+    Hollow: the paired difference from the panel's first row has an interval that contains zero. Grey: the single draws.
     """
-    rows = -(-len(table) // columns)
-    tallest = max(map(len, table.values()))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, rows * (0.55 + 0.24 * tallest)), squeeze=False)
-    for ax in axes.flat[len(table):]:
-        ax.axis("off")
-    for ax, (knob, values) in zip(axes.flat, table.items(), strict=False):
+    heights = [0.5 + 0.19 * len(values) for values in table.values()]
+    figure, axes = plt.subplots(len(table), figsize=(5.4, sum(heights) + 0.5), squeeze=False, height_ratios=heights)
+    for ax, (knob, values) in zip(axes.flat, table.items(), strict=True):
         for n, row in enumerate(values.values()):
             (estimate, low, high), (_, least, most) = row["kl"], row["kl_against_first"]
             ax.errorbar(estimate, n, xerr=[[estimate - low], [high - estimate]], fmt="o", color=colour, capsize=2,
                         mfc="white" if n and least <= 0 <= most else colour)
-            ax.annotate(f"{100 * row['exact']:.1f} %", (1.01, n), xycoords=("axes fraction", "data"), va="center", fontsize=7)
-        ax.set_yticks(range(len(values)), list(values), fontsize=8)
+            ax.plot(row["kl_of_draws"], [n + 0.3] * len(row["kl_of_draws"]), "|", color="0.5", markersize=4)
+            ax.annotate(f"{100 * row['exact']:.1f} %", (1.01, n), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.set_yticks(range(len(values)), list(values), fontsize=9)
+        ax.tick_params(axis="x", labelsize=8)
         ax.set(title=knob, ylim=(len(values) - 0.5, -0.5))
-        ax.set_xlim(left=0)
+        estimates = [row["kl"][0] for row in values.values()]
+        if max(estimates) > 20 * min(estimates):
+            ax.set_xscale("log")
+        else:
+            ax.set_xlim(left=0)
+            ax.locator_params(axis="x", nbins=6)
         ax.grid(axis="y", visible=False)
-    figure.supxlabel("KL from the 16-bit model on answers (nats/token), 95 % interval; at the right: exact answers\n"
-                     "hollow: no difference from the first row detectable", fontsize=9)
+    figure.supxlabel("KL from the 16-bit model on answers (nats/token), 95 % interval; at the right:\n"
+                     "exact answers. Hollow: no difference from the first row detectable. Grey: single draws", fontsize=9)

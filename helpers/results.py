@@ -35,9 +35,15 @@ def folder_hash(folder: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on; no name of a host or a user."""
+    """What the numbers were measured on; no name of a host or a user.
+
+    The processor's name matters: another one may add up in another order, and round other weights the other way.
+    """
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(),
+    return {"system": platform.system(), "processor": platform.machine(), "cpu": cpu, "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
 
 

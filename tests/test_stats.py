@@ -16,12 +16,25 @@ def test_ratio_interval_covers_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
 
 
+def test_ratio_interval_over_draws_covers_as_often_as_it_says():
+    """Four quantizations that differ by more than the texts do: the interval has to know of both."""
+    rng = np.random.default_rng(0)
+    hits = {"both": 0, "texts alone": 0}
+    for i in range(200):
+        counts = rng.integers(5, 50, 80)
+        sums = counts * (0.3 + rng.normal(0, 0.1, (4, 1))) + rng.normal(0, 1, 80) * np.sqrt(counts)
+        for how, s in (("both", sums), ("texts alone", sums.mean(0))):
+            interval = ratio_interval(s, counts, resamples=400, seed=i)
+            hits[how] += interval.low <= 0.3 <= interval.high
+    assert hits["both"] / 200 >= 0.85 and hits["texts alone"] < hits["both"]
+
+
 def test_ratio_interval_of_nothing_but_a_constant():
     interval = ratio_interval(np.array([2.0, 4.0]), np.array([1, 2]))
     assert tuple(interval) == (2.0, 2.0, 2.0)
 
 
-@pytest.mark.parametrize("sums, counts", [([1.0], [1]), ([1.0, 2.0], [1]), ([], [])])
+@pytest.mark.parametrize("sums, counts", [([1.0], [1]), ([1.0, 2.0], [1]), ([], []), ([[1.0, 2.0]], [1])])
 def test_ratio_interval_refuses(sums, counts):
     with pytest.raises(ValueError, match="at least 2 texts"):
         ratio_interval(np.array(sums), np.array(counts))

@@ -25,16 +25,21 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.9
     """Bootstrap interval of sum(sums) / sum(counts), resampling the texts (percentile method).
 
     For a paired difference pass the per-text difference as `sums` [texts] and its tokens as `counts` [texts]; the text,
-    not the token, is resampled, because tokens of one text are not independent.
+    not the token, is resampled, because tokens of one text are not independent. With `sums` [draws, texts], of a model that
+    was quantized several times, the draws are averaged, and resampled too.
     Raises ValueError with fewer than 2 texts or different lengths.
     """
     sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
-    if sums.shape != counts.shape or sums.ndim != 1 or len(sums) < 2:
-        raise ValueError(f"expected two equally long lists of at least 2 texts, got {sums.shape} and {counts.shape}")
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    if sums.shape[-1:] != counts.shape or sums.ndim not in (1, 2) or len(counts) < 2:
+        raise ValueError(f"expected sums and counts of the same at least 2 texts, got {sums.shape} and {counts.shape}")
+    sums, rng = np.atleast_2d(sums), np.random.default_rng(seed)
+    texts = rng.integers(0, len(counts), (resamples, len(counts)))
+    # one draw fewer than there are: the variance of their mean is then without bias
+    draws = rng.integers(0, len(sums), (resamples, max(1, len(sums) - 1)))
+    by_draw = np.stack([s[texts].sum(1) for s in sums], 1)  # [resamples, draws]
+    means = np.take_along_axis(by_draw, draws, 1).mean(1) / counts[texts].sum(1)
     tail = (1 - confidence) / 2
-    return Interval(sums.sum() / counts.sum(), *np.quantile(means, [tail, 1 - tail]))
+    return Interval(sums.mean(0).sum() / counts.sum(), *np.quantile(means, [tail, 1 - tail]))
 
 
 def share_interval(right: int, total: int, confidence: float = 0.95) -> Interval:
