@@ -145,7 +145,7 @@ beside(bench.data["nf4"])
 
 # %% [markdown]
 # Quantizing is faster because a table lookup replaces comparisons. Dequantizing is slower: the library looks up and multiplies
-# in one fused loop, in tensor operations these are two.
+# in one fused loop on all cores; in tensor operations these are two, and torch looks up on one core.
 #
 # ## Double quantization
 #

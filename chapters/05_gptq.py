@@ -178,7 +178,8 @@ print("output errors equal within 1 %")
 # One linear, once, is no benchmark. `make bench` runs both sides in turn, for two sizes of model, and the toolkits on whole
 # models, each timed in its own process without import and loading. Ours calibrates the linears of a block on the block before
 # it is quantized, the toolkits after each group of linears, which takes more forward passes; the panel "calibrated on" below
-# shows what that is worth. GPTQModel computes in bf16, ours and auto-gptq in fp32.
+# shows what that is worth. GPTQModel computes in bf16, ours and auto-gptq in fp32. Our time goes into forward passes and Gram
+# matrices for the most part, which all three need; solving is the small rest.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.latency import beside

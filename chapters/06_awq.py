@@ -180,7 +180,8 @@ plt.show()
 
 # %% [markdown]
 # Twenty candidates through the Gram matrix (given) against twenty forward passes, and whole models beside the toolkits. Ours
-# looks at each linear's output, theirs at that of the attention and the MLP:
+# looks at each linear's output, theirs at that of the attention and the MLP. In the larger model nearly all of our time is the
+# search, twenty products of $\Delta W$ and $H$ for each group of linears, so the lead shrinks when there are few tokens:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.latency import beside
