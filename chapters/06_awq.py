@@ -180,8 +180,9 @@ plt.show()
 
 # %% [markdown]
 # Twenty candidates through the Gram matrix (given) against twenty forward passes, and whole models beside the toolkits. Ours
-# looks at each linear's output, theirs at that of the attention and the MLP. In the larger model nearly all of our time is the
-# search, twenty products of $\Delta W$ and $H$ for each group of linears, so the lead shrinks when there are few tokens:
+# looks at each linear's output, theirs at that of the attention and the MLP. In the larger model most of our time is the
+# search, twenty products of $\Delta W$ and $H$ for each group of linears, whatever the number of tokens (few in the runs of
+# whole models, because the toolkits need minutes):
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.latency import beside
