@@ -58,8 +58,9 @@ profile = None  # a name from helpers/profiles.json, instead of `model`
 # Two bits give four codes, 0 to 3. The *scale* $s$ is the distance between neighbours, the *zero point* $z$ the code that
 # means 0:
 #
-# $$\begin{aligned} q &= \mathrm{clamp}\!\left(\mathrm{round}\frac{w}{s} + z,\; 0,\; 2^b - 1\right) \\
-#   \hat w &= (q - z)\, s \end{aligned} \tag{3.2}$$
+# $$q = \mathrm{clamp}\!\left(\mathrm{round}\frac{w}{s} + z,\; 0,\; 2^b - 1\right)$$
+#
+# $$\hat w = (q - z)\, s \tag{3.2}$$
 #
 # For a row that runs from $-1$ to $2$: $s = 3/3 = 1$, and $0$ must lie one step above the bottom, so $z = 1$.
 
@@ -168,8 +169,9 @@ for w_hat in (torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])):
 # Squared, the error of all tokens together needs $X$ only through $H = X X^\top$, as many rows as the layer has inputs, no
 # matter how many tokens there are:
 #
-# $$\begin{aligned} E^2 &= \lVert \Delta W\, X\rVert^2 = \mathrm{tr}\!\left(\Delta W\, X X^\top \Delta W^\top\right) \\
-#   &= \mathrm{tr}\!\left(\Delta W\, H\, \Delta W^\top\right), \\ \Delta W &= W - \hat W \end{aligned} \tag{3.3}$$
+# $$\Delta W = W - \hat W,\quad E^2 = \mathrm{tr}\!\left(\Delta W\, X X^\top \Delta W^\top\right)$$
+#
+# $$E^2 = \lVert \Delta W\, X\rVert^2 = \mathrm{tr}\!\left(\Delta W\, H\, \Delta W^\top\right) \tag{3.3}$$
 
 # %%
 from helpers.quantizers.affine import output_error

@@ -108,8 +108,9 @@ plt.show()
 #
 # Each block of 64 weights is divided by its largest magnitude, *absmax*, and every weight goes to the nearest value:
 #
-# $$\begin{aligned} q_i &= \arg\min_k \left| \frac{w_i}{\max_j |w_j|} - v_k \right| \\
-#   \hat w_i &= v_{q_i} \max_j |w_j| \end{aligned} \tag{4.1}$$
+# $$q_i = \arg\min_k \left| \frac{w_i}{\max_j |w_j|} - v_k \right|$$
+#
+# $$\hat w_i = v_{q_i} \max_j |w_j| \tag{4.1}$$
 
 # %%
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4, unpack_pairs

@@ -70,9 +70,9 @@ for what, w_hat in (("to nearest", nearest), ("with feedback", torch.stack([firs
 # ## All columns: one triangular factor
 #
 # With more columns the amount that column $k$ takes over from each earlier column $j$ is a number $F_{kj}$, and all of them
-# come from one factorisation of $H$ into triangular factors,
+# come from one factorisation of $H$, with $D$ diagonal and $F$ lower triangular with ones on its diagonal:
 #
-# $$H = F^\top D\, F,\quad F_{kk} = 1,\quad F_{kj} = 0 \text{ for } j > k \tag{5.1}$$
+# $$H = F^\top D\, F \tag{5.1}$$
 #
 # $$\hat w_k = \mathrm{grid}\Big(w_k + \sum_{j<k} F_{kj}\,(w_j - \hat w_j)\Big) \tag{5.2}$$
 #

@@ -21,8 +21,9 @@
 # output. AWQ ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)) multiplies the weights of such channels by $s > 1$ before
 # rounding, and divides the inputs by $s$:
 #
-# $$\begin{aligned} W X &= (W\,\mathrm{diag}(s))\,(\mathrm{diag}(s)^{-1} X) \\
-#   &\approx Q(W\,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1} X \end{aligned} \tag{6.1}$$
+# $$W X = (W\,\mathrm{diag}(s))\,(\mathrm{diag}(s)^{-1} X)$$
+#
+# $$W X \approx Q(W\,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1} X \tag{6.1}$$
 
 # %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.

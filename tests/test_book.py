@@ -98,3 +98,10 @@ def test_profiles_are_checked(profile, error):
     with pytest.raises(error):
         settings("", profile)
     assert settings("some/folder")["model"] == "some/folder"
+
+
+@pytest.mark.parametrize("source", CHAPTERS, ids=lambda p: p.stem)
+def test_numbered_formulas_have_one_line(source):
+    """Sphinx wraps what has a line break in an environment in which MathJax refuses the number."""
+    for formula in re.findall(r"\$\$(.*?)\$\$", source.read_text(), re.DOTALL):
+        assert not ("\\tag" in formula and "\\\\" in formula), formula
