@@ -79,7 +79,7 @@ print("values", ((codes - zero) * scale).tolist()[0])
 # %%
 from helpers.quantizers.affine import dequantize, fit_qparams, quantize
 
-grid = fit_qparams(row, bits=2, group_size=-1, sym=False)
+grid = fit_qparams(row, bits=2, group_size=-1, sym=False)  # -1: one group for the whole row
 assert torch.equal(quantize(row, grid), codes.int()) and grid.zero_point.item() == zero
 print(dequantize(quantize(row, grid), grid).tolist()[0])
 
@@ -91,7 +91,7 @@ print(dequantize(quantize(row, grid), grid).tolist()[0])
 # |---|---|---|
 # | this book | $(q - z)\,s$ | $q, z$ in $0 \ldots 2^b-1$ |
 # | GPTQ files, version 1 | $(q - (z' + 1))\,s$ | stores $z' = z - 1$; `gptq_v2` stores $z$ |
-# | AWQ files | $(q - z)\,s$ | other order of the nibbles |
+# | AWQ files | $(q - z)\,s$ | other order of the 4-bit codes in a word |
 # | signed integers | $q'\,s$ | $q' = q - 2^{b-1}$, symmetric only |
 # | `min + step` | $q\,s + m$ | $m = -z\,s$, not rounded to the grid |
 
@@ -300,7 +300,7 @@ print("logits differ by less than 0.1 %")
 #
 # - $E$ is a layer's error, on the calibration inputs. It says nothing of inputs that were not in $X$, nor of how much the
 #   model's answer depends on that layer.
-# - A group that is constant or zero has no range; the helper gives it a scale of 1. Weights that are NaN raise an error.
+# - A group of zeros has no range; the helper gives it a scale of 1. Weights that are NaN raise an error.
 # - Errors add up through the blocks; GPTQ calibrates each block on the outputs of the quantized ones before it.
 #
 # ## Summary

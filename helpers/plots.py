@@ -143,7 +143,7 @@ def sweep(table: dict[str, dict], colour: str) -> None:
                         mfc="white" if n and least <= 0 <= most else colour)
             ax.plot(row["kl_of_draws"], [n + 0.3] * len(row["kl_of_draws"]), "|", color="0.5", markersize=4)
             ax.annotate(f"{100 * row['exact']:.1f} %", (1.01, n), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-        ax.set_yticks(range(len(values)), list(values), fontsize=9)
+        ax.set_yticks(range(len(values)), ["whole row" if v == "-1" else v for v in values], fontsize=9)
         ax.tick_params(axis="x", labelsize=8)
         ax.set(title=knob, ylim=(len(values) - 0.5, -0.5))
         estimates = [row["kl"][0] for row in values.values()]

@@ -88,6 +88,19 @@ def write_atomically(path: Path, content: str) -> None:
         raise
 
 
+def check_replaceable(out: Path, mark: str) -> None:
+    """Raises FileExistsError if `out` exists and is no earlier artefact, which has a file `mark`: only that may be replaced."""
+    if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and has no {mark}, so it is no earlier artefact: choose another folder")
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Rename a complete folder to `out`. An earlier one is moved beside `folder`, to go away with its temporary parent."""
+    if out.exists():
+        os.replace(out, folder.with_name("earlier"))
+    os.replace(folder, out)
+
+
 def save(record: Record, folder: Path = RESULTS) -> Path:
     """Store a record as FOLDER/NAME.json; raises ValueError if it holds something JSON cannot (NaN included)."""
     path = folder / f"{record.name}.json"

@@ -6,7 +6,12 @@ def test_beside_sets_sides_against_ours():
     table = beside({"work": {"ours": side, "theirs": {"least": 8.0, "median": 20.0, "most": 30.0, "runs": 3}, "note": 0.5}})
     assert list(table.index) == [("work", "theirs")]
     row = table.loc[("work", "theirs")]
-    assert row["ratio"] == "10" and row["range"] == "2 to 30" and row["ours (s)"] == "2"
+    assert row["theirs / ours"] == "10" and row["range"] == "2 to 30" and row["ours (s)"] == "2"
+
+
+def test_a_single_run_has_no_range():
+    once = {"least": 1.0, "median": 1.0, "most": 1.0, "runs": 1}
+    assert beside({"work": {"ours": once, "theirs": once}}).loc[("work", "theirs"), "range"] == "one run"
 
 
 def test_generation_has_a_speed(tiny):

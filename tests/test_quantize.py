@@ -180,6 +180,19 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_an_earlier_artefact_is_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    quantize_to(out, BUNDLED, Scheme("nf4"))  # an empty folder is nobody's
+    before = read_artefact(out)[0]
+    quantize_to(out, BUNDLED, Scheme("rtn"))
+    assert read_artefact(out)[0].keys() == before.keys() and [p.name for p in tmp_path.iterdir()] == ["out"]
+    (out / PROVENANCE).unlink()
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        quantize_to(out, BUNDLED, Scheme("nf4"))
+    assert read_artefact(out)[0].keys() == before.keys()
+
+
 def test_bad_artefacts_say_so(tmp_path):
     with pytest.raises(BadCheckpoint, match=re.escape(str(tmp_path))):
         read_artefact(tmp_path)

@@ -27,7 +27,7 @@ def tokens_per_second(model, new_tokens: int = 32, prompt_tokens: int = 16, repe
 def beside(part: dict[str, dict]) -> pd.DataFrame:
     """A table of a part of data/results/bench.json: seconds of each side, and how many times ours goes into the other's.
 
-    The ratio is that of the medians; its range sets the fastest run of one side against the slowest of the other.
+    That is the ratio of the medians; its range sets the fastest run of one side against the slowest of the other.
     """
     rows = {}
     for what, sides in part.items():
@@ -37,6 +37,7 @@ def beside(part: dict[str, dict]) -> pd.DataFrame:
                 ours = sides["ours"]
                 rows[what, name] = {
                     "ours (s)": f"{ours['median']:.3g}", "theirs (s)": f"{s['median']:.3g}",
-                    "ratio": f"{s['median'] / ours['median']:.3g}",
-                    "range": f"{s['least'] / ours['most']:.3g} to {s['most'] / ours['least']:.3g}"}
+                    "theirs / ours": f"{s['median'] / ours['median']:.3g}",
+                    "range": (f"{s['least'] / ours['most']:.3g} to {s['most'] / ours['least']:.3g}" if s["runs"] > 1
+                              else "one run")}
     return pd.DataFrame(rows).T

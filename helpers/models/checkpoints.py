@@ -5,7 +5,6 @@ A folder appears when it is complete: files are written beside it and renamed, w
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from helpers.quantizers.nf4 import (
     dynamic_map,
     quantize_absmax,
 )
-from helpers.results import file_hash, folder_hash, versions
+from helpers.results import check_replaceable, file_hash, folder_hash, put_in_place, versions
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 PROVENANCE = "provenance.json"
@@ -124,6 +123,7 @@ class Writer:
         self.shards: list[list[str]] = []
 
     def __enter__(self) -> "Writer":
+        check_replaceable(self.out, PROVENANCE)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._scope = tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f".{self.out.name}.")
         self.folder = Path(self._scope.name) / "artefact"
@@ -176,8 +176,7 @@ class Writer:
             "damp_percent": outcome.damp_percent, "source_sha256": folder_hash(self.source),
             "sha256": {p.name: file_hash(p) for p in sorted(self.folder.glob("*.safetensors"))}, "versions": versions()}
         (self.folder / PROVENANCE).write_text(json.dumps(record, indent=1))
-        shutil.rmtree(self.out, ignore_errors=True)
-        os.replace(self.folder, self.out)
+        put_in_place(self.folder, self.out)
 
 
 def quantize_to(out: Path, source: Path, scheme: Scheme, sequences: Sequence[Sequence[int]] = (), form: str | None = None,
@@ -185,7 +184,8 @@ def quantize_to(out: Path, source: Path, scheme: Scheme, sequences: Sequence[Seq
     """Quantize the model in folder `source` to folder `out`, streamed from disk to disk block by block.
 
     `provenance` (the source's revision, the name of the calibration set, a seed) is kept with the artefact, along with the
-    hashes of weights and calibration tokens. Raises what `quantize_model` raises.
+    hashes of weights and calibration tokens. Raises what `quantize_model` raises, and FileExistsError if `out` is a folder
+    with something else in it; an earlier artefact is replaced.
     """
     provenance["calibration_sha256"] = hashlib.sha256(json.dumps([list(s) for s in sequences]).encode()).hexdigest()
     walk = Walk.from_folder(source)

@@ -6,7 +6,6 @@ of them share a process. `run` starts `python -m helpers.toolkits.NAME JOB OUT`,
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from helpers.results import machine, versions, write_atomically
+from helpers.results import check_replaceable, machine, put_in_place, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIGINALS = ROOT / ".venv-originals"  # `make originals`: transformers 4 and the archived toolkits, over the main torch
@@ -56,7 +55,8 @@ def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: flo
 
     The artefact is built beside `out` and renamed when it is complete, so `out` is never half-written. Raises
     ToolkitMissing if the originals are not installed, ToolkitFailed with the end of the log if the process fails,
-    ValueError for an empty calibration set or sequences longer than the model's context.
+    ValueError for an empty calibration set or sequences longer than the model's context, FileExistsError if `out` holds
+    something else than an earlier artefact.
     """
     if job.method in ("gptq", "awq"):
         context = json.loads((Path(job.source) / "config.json").read_text())["max_position_embeddings"]
@@ -70,6 +70,7 @@ def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: flo
             raise ToolkitMissing(f"{toolkit} is not installed: run `make originals` (Linux, Python 3.11), or use the artefacts "
                                  "in data/artefacts")
         env["PYTHONPATH"] = f"{ORIGINALS}{os.pathsep}{ROOT}"
+    check_replaceable(out, REPORT)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         job_file, artefact, log = (Path(temporary) / n for n in ("job.json", "artefact", "log"))
@@ -85,6 +86,5 @@ def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: flo
         if not (artefact / REPORT).is_file():
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise ToolkitFailed(f"{toolkit} ({job.method}) {ended}; the end of its log:\n{tail}")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(artefact, out)
+        put_in_place(artefact, out)
     return json.loads((out / REPORT).read_text())
