@@ -116,8 +116,21 @@ def test_overrides_and_what_no_group_fits(tiny, tmp_path):
     linears_read, others = read_artefact(tmp_path / "out")
     assert f"{outcome.skipped[0]}.weight" in others and linears_read["model.layers.0.self_attn.q_proj"].grid.qmax == 255
     assert "lm_head.weight" not in others  # tied
-    with pytest.raises(ValueError, match="method: expected one of"):
-        Scheme("exl2")
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"method": "exl2"}, "method: expected one of"), ({"bits": 9}, "bits: expected 2 to 8"),
+    ({"group_size": 0}, "group_size: expected"), ({"damp_percent": -1}, "damp_percent: expected"),
+    ({"overrides": {"q_proj": {"bit": 8}}}, r"overrides: 'q_proj' sets \['bit'\]"),
+    ({"overrides": {"q_proj": {"bits": 1}}}, "bits: expected 2 to 8")])
+def test_bad_settings_say_so(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Scheme(**settings)
+
+
+def test_an_override_that_matches_nothing_is_no_silence(tiny):
+    with pytest.raises(ValueError, match="'q_porj' matches no linear; there are model.layers.0"):
+        quantize_model(copy.deepcopy(tiny), Scheme("rtn", overrides={"q_porj": None}))
 
 
 def test_gptq_never_turns_into_rounding(bundled):

@@ -25,10 +25,12 @@ def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[
     Later blocks, and later groups inside a block (true_sequential), are calibrated on the outputs of those already
     quantized. `done(name, block, outcome)` is called after each block: with a `Walk.from_folder` its weights go away then.
     Linears whose width the group does not divide stay as they are, and are listed. Raises ValueError for calibration
-    sequences that are missing or too long, HessianError if calibration leaves a linear without usable inputs.
+    sequences that are missing or too long and for an override that matches nothing, HessianError if calibration leaves a
+    linear without usable inputs.
     """
     walk = model if isinstance(model, Walk) else Walk(model)
     outcome, (_, groups, folds) = Outcome(), architecture(walk.model)
+    scheme.check_names(name for name, _ in linears(walk.model))
     kind = AutoGptqGram if scheme.reference else Gram
     calibrated = scheme.method not in ("rtn", "nf4")
     if calibrated:

@@ -1,8 +1,8 @@
 """What is asked of a quantization, and what became of it."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 from helpers.quantizers.affine import Quantized
 from helpers.quantizers.nf4 import NF4
@@ -37,6 +37,23 @@ class Scheme:
             raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
         if self.reference and self.method not in ("gptq", "awq"):
             raise ValueError(f"reference: there is no toolkit to follow for {self.method!r}, only for gptq and awq")
+        if self.bits not in range(2, 9):
+            raise ValueError(f"bits: expected 2 to 8, got {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size: expected a positive number, or -1 for one group a row, got {self.group_size}")
+        if not 0 <= self.damp_percent <= 1:
+            raise ValueError(f"damp_percent: expected a share from 0 to 1 of the mean diagonal, got {self.damp_percent}")
+        for pattern, settings in self.overrides.items():
+            if unknown := set(settings or ()) - {f.name for f in fields(self)}:
+                raise ValueError(f"overrides: {pattern!r} sets {sorted(unknown)}, which Scheme does not have")
+            replace(self, overrides={}, **(settings or {}))
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises ValueError for an override that matches none of a model's linears: it would do nothing, in silence."""
+        names = list(names)
+        for pattern in self.overrides:
+            if not any(re.search(pattern, n) for n in names):
+                raise ValueError(f"overrides: {pattern!r} matches no linear; there are {names[0]} to {names[-1]}")
 
     def at(self, name: str) -> "Scheme | None":
         """The settings for one linear; the first override that matches decides."""
