@@ -130,3 +130,12 @@ def test_any_shape_and_kind_gives_codes_in_range(rows, groups, group_size, bits,
         assert q.codes.min() >= 0 and q.codes.max() < 2**bits and torch.isfinite(q.dequantize()).all()
         if kind == "zero":
             assert (q.dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("solve", [gptq, gptq_columns])
+def test_desc_act_begins_with_the_largest_inputs(solve):
+    torch.manual_seed(0)
+    X = torch.randn(200, 64) * torch.rand(64)
+    found = solve(torch.randn(8, 64), X.T @ X, group_size=32, desc_act=True).quantized
+    first = (found.g_idx == 0).nonzero().squeeze(1)
+    assert set(first.tolist()) == set(X.square().sum(0).topk(32).indices.tolist())

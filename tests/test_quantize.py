@@ -15,14 +15,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from helpers.models.calibration import Walk
+from helpers.models.calibration import Gram, Walk
 from helpers.models.checkpoints import PROVENANCE, BadCheckpoint, load_simulated, quantize_to, read_artefact
-from helpers.models.layers import ARCHITECTURES, linears
+from helpers.models.layers import ARCHITECTURES, architecture, linears
 from helpers.models.loading import BUNDLED
 from helpers.models.quantize import quantize_many, quantize_model
 from helpers.models.scheme import Scheme
 from helpers.models.texts import calibration, windows
 from helpers.quantizers.affine import fit_qparams, on_grid, output_error
+from helpers.quantizers.awq import quantize_awq
 from helpers.quantizers.gptq import gptq
 from helpers.results import folder_hash
 
@@ -153,7 +154,7 @@ def test_many_schemes_from_one_calibration(bundled):
     """The same codes as each scheme alone, calibrated on the unquantized model; the model stays as it was."""
     tokens = [tuple(range(5, 105))] * 4
     before = copy.deepcopy(bundled.model.state_dict())
-    schemes = [Scheme("rtn", 3), Scheme("gptq", true_sequential=False), Scheme("awq", clip=False)]
+    schemes = [Scheme("awq", clip=False), Scheme("gptq", true_sequential=False), Scheme("rtn", 3)]
     many = quantize_many(bundled.model, schemes, tokens)
     assert all(torch.equal(v, before[k]) for k, v in bundled.model.state_dict().items())
     for scheme, outcome in zip(schemes, many, strict=True):
@@ -162,22 +163,54 @@ def test_many_schemes_from_one_calibration(bundled):
         assert all(torch.equal(outcome.codes[n].codes, alone.codes[n].codes) for n in first)
 
 
-def test_sequential_calibration_sees_the_quantized_predecessors(bundled):
-    """Else errors would add up unseen: the second block's output error is then measured on other inputs."""
-    tokens = [tuple(range(5, 105))] * 2
-    model = copy.deepcopy(bundled.model)
-    walk, first = Walk(model), None
-    walk.begin(tokens)
-    blocks = walk.blocks()
-    _, block = next(blocks)
-    walk.advance(block)
-    plain = walk.batches[0].hidden.clone()
-    quantize_model(model, Scheme("rtn", bits=2))
+def gptq_again(model, before, tokens, scheme):
+    """The codes that GPTQ finds for the weights `before` on the Gram matrices of `model` as it is now."""
+    codes, (_, groups, _) = {}, architecture(model)
     walk = Walk(model)
     walk.begin(tokens)
-    _, first = next(walk.blocks())
-    walk.advance(first)
-    assert not torch.allclose(walk.batches[0].hidden, plain)
+    for name, block in walk.blocks():
+        grams = walk.grams(block, groups)
+        for group in groups:
+            W = [before[f"{name}.{n}.weight"] for n in group]
+            found = gptq(torch.cat(W), grams[group[0]].H, scheme.bits, scheme.group_size, scheme.sym).quantized.codes
+            codes |= {f"{name}.{n}": c for n, c in zip(group, found.split([len(w) for w in W]), strict=True)}
+        walk.advance(block)
+    return codes
+
+
+def test_each_linear_is_calibrated_on_its_quantized_predecessors(tiny):
+    """Its inputs in the finished model are those it was calibrated on; not so inside a block without true_sequential."""
+    before = {n: p.detach().clone() for n, p in tiny.named_parameters()}
+    for sequential in (True, False):
+        model, scheme = copy.deepcopy(tiny), Scheme(bits=3, group_size=64, true_sequential=sequential)
+        codes = quantize_model(model, scheme, TOKENS).codes
+        again = gptq_again(model, before, TOKENS, scheme)
+        same = {n for n in codes if torch.equal(codes[n].codes, again[n])}
+        assert same == {n for n in codes if sequential or n.endswith(("q_proj", "k_proj", "v_proj"))}
+
+
+def test_the_gram_matrix_of_scaled_inputs():
+    torch.manual_seed(0)
+    X, s = torch.randn(50, 8), torch.rand(8) + 0.5
+    (gram := Gram.of(8)).add(X)
+    (expected := Gram.of(8)).add(X / s)
+    scaled = gram.scaled(s)
+    assert torch.allclose(scaled.H, expected.H, rtol=1e-4, atol=1e-4) and torch.allclose(scaled.x_mean(), expected.x_mean())
+
+
+def test_the_halves_of_awq_can_be_switched_off(tiny):
+    changed = {}
+    for scale, clip in ((False, False), (True, False), (False, True)):
+        model = copy.deepcopy(tiny)
+        outcome = quantize_model(model, Scheme("awq", 3, group_size=64, scale=scale, clip=clip), TOKENS)
+        assert bool(outcome.ratios) is scale
+        block = model.model.layers[0]
+        assert torch.equal(block.input_layernorm.weight, tiny.model.layers[0].input_layernorm.weight) is not scale
+        changed[scale, clip] = {n for n, m in linears(tiny) if not torch.equal(
+            quantize_awq(m.weight.detach(), 3, 64).codes, outcome.codes[n].codes)}
+    assert not changed[False, False] and changed[True, False]
+    clippable = {n for n, _ in linears(tiny) if not n.endswith(("q_proj", "k_proj"))}
+    assert changed[False, True] == clippable
 
 
 def test_bad_calibration(tiny):
