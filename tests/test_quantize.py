@@ -198,6 +198,19 @@ def test_the_gram_matrix_of_scaled_inputs():
     assert torch.allclose(scaled.H, expected.H, rtol=1e-4, atol=1e-4) and torch.allclose(scaled.x_mean(), expected.x_mean())
 
 
+def test_tokens_that_got_lost_are_noticed(tiny):
+    class Deaf(Gram):
+        def add(self, X):
+            if X.shape[1] != 25:
+                super().add(X)
+
+    walk = Walk(tiny)
+    walk.begin(TOKENS)
+    _, block = next(walk.blocks())
+    with pytest.raises(AssertionError, match="saw 184 tokens of 209"):
+        walk.grams(block, architecture(tiny).groups, Deaf)
+
+
 def test_the_halves_of_awq_can_be_switched_off(tiny):
     changed = {}
     for scale, clip in ((False, False), (True, False), (False, True)):
