@@ -99,7 +99,7 @@ axes.hist(scaled.numpy(), 200, density=True, color="#bbbbbb")
 axes.vlines(values, 0, 0.4, color="#009E73", linewidth=1.5, label="NF4")
 axes.vlines((torch.arange(16) - 8) * 2 / 15, -0.4, 0, color="#56B4E9", linewidth=1.5, label="INT4, symmetric")
 axes.set(xlabel="weight / largest of its block of 64", ylabel="density")
-axes.legend(loc="upper right", fontsize=8)
+axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
 plt.show()
 
 # %% [markdown]

@@ -175,7 +175,7 @@ unscaled = {"this model": gram_loss(quiet_W, grams[name].H)(ones), "with outlier
 for what, found in (("this model", quiet), ("with outlier channels", by_gram)):
     axes.plot(RATIOS, torch.tensor(found.losses) / unscaled[what], marker=".", label=what)
 axes.axhline(1, color="black", linewidth=0.8)
-axes.set(xlabel="ratio r", ylabel="output error / error without scaling")
+axes.set(xlabel="ratio r", ylabel="output error,\nwithout scaling = 1")
 axes.legend()
 plt.show()
 

@@ -93,8 +93,9 @@ def read_linear(tensors: Mapping[str, Tensor], form: str) -> Quantized | NF4:
     return Quantized(codes, QParams(scale, zeros.float(), 2**bits - 1), g_idx)
 
 
-def settings_json(scheme: Scheme, form: str, skipped: list[str]) -> dict:
-    """What the toolkits look for in `quantization_config`."""
+def settings_json(scheme: Scheme, form: str, skipped: list[str], quantized: list[str]) -> dict:
+    """What the toolkits look for in `quantization_config`. Other bits or groups for some linears of a GPTQ file are in
+    `dynamic`, which GPTQModel reads and transformers does not."""
     if form == "nf4":
         return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
@@ -108,9 +109,11 @@ def settings_json(scheme: Scheme, form: str, skipped: list[str]) -> dict:
         if settings is not None:
             each[f"+:.*{pattern}.*"] = {k: v for k, v in settings.items() if k in ("bits", "group_size", "sym", "desc_act")}
     each |= {f"-:{name.replace('.', r'[.]')}$": {} for name in skipped}
+    if skipped:  # transformers' word for it
+        common |= {"modules_in_block_to_quantize": [quantized]}
     return common | {"quant_method": "gptq", "checkpoint_format": form, "sym": scheme.sym, "desc_act": scheme.desc_act,
                      "damp_percent": scheme.damp_percent, "true_sequential": scheme.true_sequential, "lm_head": False,
-                     "is_marlin_format": False, "static_groups": False} | ({"dynamic": each} if each else {})
+                     "static_groups": False} | ({"dynamic": each} if each else {})
 
 
 class Writer:
@@ -163,7 +166,8 @@ class Writer:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
         for i, name in enumerate(names):
             (self.folder / f"part{i}.safetensors").replace(self.folder / name)
-        settings = settings_json(self.scheme, self.form, outcome.skipped)
+        quantized = [t.removesuffix(".qweight") for shard in self.shards for t in shard if t.endswith(".qweight")]
+        settings = settings_json(self.scheme, self.form, outcome.skipped, quantized)
         config = json.loads((self.source / "config.json").read_text()) | {"quantization_config": settings, "dtype": "float16"}
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
         if self.form.startswith("gptq"):
