@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,9 +17,9 @@ from transformers import (
 )
 
 from helpers.models.calibration import Gram, Walk
-from helpers.models.checkpoints import PROVENANCE, BadCheckpoint, load_simulated, quantize_to, read_artefact
+from helpers.models.checkpoints import PROVENANCE, BadCheckpoint, Writer, load_simulated, quantize_to, read_artefact
 from helpers.models.layers import ARCHITECTURES, architecture, linears
-from helpers.models.loading import BUNDLED
+from helpers.models.loading import BUNDLED, load
 from helpers.models.quantize import quantize_many, quantize_model
 from helpers.models.scheme import Scheme
 from helpers.models.texts import calibration, windows
@@ -237,6 +238,32 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="calibration needs"):
         quantize_to(tmp_path / "out", BUNDLED, Scheme("gptq"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_files_have_a_true_index(tmp_path):
+    with Writer(tmp_path / "out", Scheme("rtn"), BUNDLED, shard_bytes=1_000_000) as writer:
+        model = load().model
+        outcome = quantize_model(model, Scheme("rtn"), done=writer.add)
+        walk = Walk(model)
+        writer.finish({n: model.get_parameter(n) for n in walk.outside}, outcome)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {path.name: set(load_file(path)) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(files) > 1 and {n: {t for t, where in index.items() if where == n} for n in files} == files
+
+
+def test_the_first_override_that_matches_decides():
+    scheme = Scheme(overrides={"q_proj$": {"bits": 8}, "proj": {"bits": 3}})
+    assert (scheme.at("q_proj").bits, scheme.at("k_proj").bits, scheme.at("fc1").bits) == (8, 3, 4)
+
+
+def test_a_scale_that_fp16_cannot_hold(tmp_path, tiny):
+    model = copy.deepcopy(tiny)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e9)
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="fp16"):
+        quantize_to(tmp_path / "out", tmp_path / "source", Scheme("rtn", group_size=64))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_only_an_earlier_artefact_is_replaced(tmp_path):
