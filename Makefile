@@ -5,8 +5,6 @@ PYTHON ?= python3.11
 # Index for torch alone. Empty is pip's default, which on Linux brings gigabytes of CUDA.
 # For a CPU: make book TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# One of helpers/profiles.json: bundled, small, gpu
-PROFILE ?= bundled
 
 BIN := .venv/bin
 ENV := .venv/.installed
@@ -83,7 +81,7 @@ test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 chapters/*.ipynb
 	$(BIN)/python -m helpers.book execute-other
-# Every chapter with the profile's model; records go to data/results, notebooks to _build/gpu
+# Every chapter with the model of a profile in helpers/profiles.json; records go to data/results, notebooks to _build/gpu
 gpu: PROFILE = gpu
 gpu: $(ENV)
 	$(BIN)/python -m helpers.book execute-profile $(PROFILE)

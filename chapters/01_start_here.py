@@ -172,7 +172,7 @@ plt.show()
 # | here, all of it | `make book`, then open `_build/site/_build/html/index.html` |
 # | JupyterLab | `make env`, then `.venv/bin/jupyter lab chapters` (install `jupyterlab` into it first) |
 # | Colab | open a chapter's notebook there, set `BOOK` in the first cell, run; Colab's own torch is left as it is |
-# | another model | set `model` in the second cell of any chapter, or `papermill -p model PATH` |
+# | another model | set `model` in the cell that begins with it, in any chapter, or with papermill: see the README |
 # | a workshop | one chapter an hour; the prediction cells are meant to be filled in before the next cell runs |
 #
 # ## The map

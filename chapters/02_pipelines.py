@@ -159,6 +159,7 @@ plt.show()
 # %% [markdown]
 # Read the two together. KL is never negative and sees every change, for better or worse; ΔNLL asks whether the right answer
 # became less probable. A method whose ΔNLL interval contains zero did not measurably harm the answers *at this sample size*.
+# Each is set against 16 bits: that one method is told from it and another is not does not rank the two.
 
 # %% tags=["nbval-ignore-output"]
 for name, s in scores.items():
@@ -285,7 +286,7 @@ for step, outcome in steps.items():
 # - AutoAWQ lays all texts end to end and cuts windows of 512 tokens. Three short prompts do not fill one, so it has
 #   nothing to join, and the message does not say so.
 # - With tokens, or a window that the prompts fill, both finish. That they finish does not make three prompts a
-#   calibration set; chapter 5 measures what they are worth.
+#   calibration set; chapter 5 measures how many tokens make one.
 #
 # ## Where it breaks
 #
