@@ -11,7 +11,7 @@ ENV := .venv/.installed
 ORIGINALS := .venv-originals/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 CHAPTERS := $(wildcard chapters/*.ipynb)
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json data/results/*.npz)
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
@@ -67,7 +67,8 @@ model: $(ENV) sets
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
 
-# What each knob does to the answers (45 minutes), and how fast it all is (20 minutes, on two idle cores), committed as data
+# What each knob does to the answers (half an hour; goes on where it was stopped), and how fast it all is (20 minutes, on two
+# idle cores), committed as data
 sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps
 bench: $(ENV) $(ORIGINALS)

@@ -13,24 +13,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from helpers.models.calibration import Walk
-from helpers.models.checkpoints import format_of, linear_tensors, quantize_to
-from helpers.models.layers import architecture
-from helpers.models.loading import BUNDLED, load
+from helpers.files import folder_hash
+from helpers.methods.awq import Awq
+from helpers.methods.gptq import Gptq
+from helpers.methods.reference import Inputs
+from helpers.methods.rtn import Rtn
+from helpers.models.checkpoint import format_for, quantize_to
+from helpers.models.method import Gram, Plan
 from helpers.models.quantize import quantize_many, quantize_model
-from helpers.models.scheme import Scheme
+from helpers.models.source import BUNDLED, Source, load
 from helpers.models.texts import calibration, windows
+from helpers.models.walk import Step, first_step, walk
 from helpers.quantizers import awq
-from helpers.quantizers.affine import output_error
+from helpers.quantizers.affine import Quantized, output_error
 from helpers.quantizers.gptq import gptq, gptq_columns
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4
-from helpers.results import Record, folder_hash, save
+from helpers.results import Record, save
 from helpers.toolkits.artefacts import CALIBRATION
 from helpers.toolkits.process import ROOT, Job, run
 
@@ -88,21 +93,18 @@ def nf4() -> dict:
     return found
 
 
-def first_block(folder: Path, tokens) -> tuple[torch.nn.Module, dict]:
-    model, _ = load(str(folder))
-    walk = Walk(model)
-    walk.begin(tokens)
-    _, block = next(walk.blocks())
-    return block, walk.grams(block, architecture(model).groups)
+def block_of(folder: Path, tokens) -> Step:
+    return first_step(load(str(folder)).model, tokens)
 
 
 def gptq_solve(sizes: dict[str, Path], tokens) -> dict:
     """One block's linears: the column loop linear by linear, ours with those stacked that share their input."""
     found = {}
     for name, folder in sizes.items():
-        block, grams = first_block(folder, tokens)
-        groups = [[n for n in grams if grams[n] is gram] for gram in {id(g): g for g in grams.values()}.values()]
-        problems = [([block.get_submodule(n).weight.detach() for n in group], grams[group[0]].H) for group in groups]
+        step = block_of(folder, tokens)
+        grams = step.grams(Gram)
+        problems = [([step.block.get_submodule(n).weight.detach() for n in group], grams[group[0]].H)
+                    for group in step.layout.groups]
 
         def columns(problems=problems):
             return [[gptq_columns(W, H) for W in Ws] for Ws, H in problems]
@@ -123,12 +125,11 @@ def awq_search(sizes: dict[str, Path], tokens) -> dict:
     """The 20 candidates for the MLP's input: through the Gram matrix, and by forward passes over all tokens."""
     found = {}
     for name, folder in sizes.items():
-        model, _ = load(str(folder))
-        walk, inputs = Walk(model), []
-        walk.begin(tokens)
-        _, block = next(walk.blocks())
-        walk.see(block, {"mlp.gate_proj": lambda x, inputs=inputs: inputs.append(x.flatten(0, -2))})
-        X, W = torch.cat(inputs), torch.cat([block.mlp.gate_proj.weight, block.mlp.up_proj.weight]).detach()
+        step = block_of(folder, tokens)
+        inputs = step.grams(Inputs)["mlp.gate_proj"].X
+        block = step.block
+        X = torch.cat([x.flatten(0, -2) for x in inputs])
+        W = torch.cat([block.mlp.gate_proj.weight, block.mlp.up_proj.weight]).detach()
         H, candidates = X.T @ X, awq.candidate_scales(X.abs().mean(0), awq.weight_saliency(W))
 
         def by_forward(X=X, W=W, candidates=candidates):
@@ -144,31 +145,30 @@ def awq_search(sizes: dict[str, Path], tokens) -> dict:
     return found
 
 
-def ours_end_to_end(folder: Path, scheme: Scheme, tokens) -> tuple[float, dict]:
-    """Seconds from a model in memory to packed tensors in memory, and the output error of each linear."""
-    model, _ = load(str(folder))
+def ours_end_to_end(folder: Path, plan: Plan, tokens) -> float:
+    """Seconds from a model in memory to packed tensors in memory."""
+    model, form = load(str(folder)).model, format_for(plan)
     started = time.perf_counter()
-    outcome = quantize_model(model, scheme, tokens)
-    for q in outcome.codes.values():
-        linear_tensors(q, format_of(scheme))
-    return time.perf_counter() - started, outcome.error_db
+    for q in quantize_model(model, plan, tokens).codes.values():
+        form.pack(q)
+    return time.perf_counter() - started
 
 
 def end_to_end(sizes: dict[str, Path], gptq_tokens, awq_tokens, repeats: int) -> dict:
     """Whole models, ours and each toolkit in turn; a toolkit's time is its quantize call alone, in its own process."""
-    cases = {"GPTQ": (Scheme("gptq", true_sequential=False), gptq_tokens,
+    cases = {"GPTQ": (Plan(Gptq()), gptq_tokens,
                       {"auto-gptq": ("autogptq", "gptq", True), "GPTQModel": ("gptqmodel", "gptq", False)}),
-             "AWQ": (Scheme("awq"), awq_tokens,
+             "AWQ": (Plan(Awq()), awq_tokens,
                      {"autoawq": ("autoawq", "awq", True), "GPTQModel": ("gptqmodel", "awq", False)})}
     found = {}
-    for method, (scheme, tokens, toolkits) in cases.items():
+    for method, (plan, tokens, toolkits) in cases.items():
         for name, folder in sizes.items():
             seconds: dict[str, list[float]] = {"ours": [], **{t: [] for t in toolkits}}
             with tempfile.TemporaryDirectory() as scratch:
                 # autoawq needs minutes for the larger model: once has to do
                 runs = 1 if method == "AWQ" and folder != BUNDLED else repeats
                 for _ in tqdm(range(runs), desc=f"{method}, {name}"):
-                    seconds["ours"].append(ours_end_to_end(folder, scheme, tokens)[0])
+                    seconds["ours"].append(ours_end_to_end(folder, plan, tokens))
                     for toolkit, (module, job, originals) in toolkits.items():
                         report = run(module, Job(job, str(folder), tokens), Path(scratch) / toolkit, originals, 3000)
                         seconds[toolkit].append(report["quantize_seconds"])
@@ -178,11 +178,40 @@ def end_to_end(sizes: dict[str, Path], gptq_tokens, awq_tokens, repeats: int) ->
 
 
 def sweep_of_twelve(folder: Path, tokens) -> dict:
-    schemes = [Scheme(method, bits, group, sym=False) for method in ("rtn", "gptq") for bits in (3, 4) for group in (64, 128)]
-    schemes += [Scheme("awq", bits, group) for bits in (3, 4) for group in (64, 128)]
-    model, _ = load(str(folder))
-    return {"12 configurations": in_turn({"one": lambda: quantize_many(model, schemes[4:5], tokens),
-                                          "twelve": lambda: quantize_many(model, schemes, tokens)}, 3)}
+    methods = [kind(bits, group, sym=False) for kind in (Rtn, Gptq) for bits in (3, 4) for group in (64, 128)]
+    methods += [Awq(bits, group) for bits in (3, 4) for group in (64, 128)]
+    plans, model = [Plan(m, inputs="model") for m in methods], load(str(folder)).model
+    return {"12 configurations": in_turn({"one": lambda: quantize_many(model, plans[4:5], tokens),
+                                          "twelve": lambda: quantize_many(model, plans, tokens)}, 3)}
+
+
+def passes(sizes: dict[str, Path], tokens) -> dict:
+    """GPTQ calibrated group by group in one forward pass a block, held at each group, beside a pass for each group (what
+    the toolkits do) and the two passes of calibrating block by block."""
+    found = {}
+    for name, folder in sizes.items():
+        def held(folder=folder):
+            return quantize_model(load(str(folder)).model, Gptq(), tokens)
+
+        def block(folder=folder):
+            return quantize_model(load(str(folder)).model, Plan(Gptq(), inputs="block"), tokens)
+
+        found[f"GPTQ, whole model, {name}"] = in_turn({"ours": held, "again for each group": lambda folder=folder: again(
+            folder, tokens), "block by block": block}, 3)
+    return found
+
+
+def again(folder: Path, tokens) -> dict[str, Quantized]:
+    """The codes of `Gptq()` with the block run again, from its start, for each group of its linears."""
+    model, codes = load(str(folder)).model, {}
+    for step in walk(model, tokens):
+        for group in step.layout.groups:
+            H = replace(step, seen={}).keep({group: Gram})[group[0]].H
+            modules = [step.block.get_submodule(n) for n in group]
+            parts = gptq(torch.cat([m.weight.detach() for m in modules]), H).quantized.split([m.out_features for m in modules])
+            for n, m, q in zip(group, modules, parts, strict=True):
+                m.weight.data, codes[f"{step.name}.{n}"] = q.dequantize(), q
+    return codes
 
 
 def peak_memory(folder: Path, tokens) -> dict:
@@ -201,14 +230,15 @@ def memory_job(path: Path) -> None:
     d, ff, n = config.hidden_size, config.intermediate_size, sum(map(len, job["tokens"]))
     torch.ones(8, 8) @ torch.ones(8, 8)
     before = high_water()
-    outcome = quantize_to(Path(job["out"]), Path(job["source"]), Scheme("gptq"), job["tokens"])
+    outcome = quantize_to(Path(job["out"]), Path(job["source"]), Gptq(), job["tokens"])
     peak = high_water() - before
     terms = {"block": 4 * (4 * d * d + 3 * d * ff), "its inputs and outputs": 4 * 2 * n * d,
+             "held before the last linear": 4 * n * (ff + d),
              "Gram matrix, damped, factor and its copy": 4 * 4 * ff * ff,
              "stacked weights, errors, codes": 4 * 4 * 2 * ff * d, "artefact so far": measured(Path(job["out"]))}
     print(json.dumps({"bytes": peak, "formula": terms, "ratio": peak / sum(terms.values()),
-                      "parameters": sum(p.numel() for p in Walk.from_folder(Path(job["source"])).model.parameters()),
-                      "linears": len(outcome.error_db), "tokens": n}))
+                      "parameters": sum(p.numel() for p in Source.from_folder(Path(job["source"])).model.parameters()),
+                      "linears": len(outcome.notes), "tokens": n}))
 
 
 def high_water() -> int:
@@ -229,6 +259,7 @@ def main(repeats: int) -> None:
         sizes = {"bundled, 3.8 M": BUNDLED, "random, 39 M": random_model(LARGER, Path(scratch) / "larger")}
         found = {"threads": torch.get_num_threads(), "nf4": nf4(), "gptq": gptq_solve(sizes, tokens),
                  "awq": awq_search(sizes, tokens), "sweep": sweep_of_twelve(BUNDLED, tokens),
+                 "passes": passes(sizes, tokens),
                  "end to end": end_to_end(sizes, tokens[:32], [t[:128] for t in tokens[:8]], repeats),
                  "memory": peak_memory(random_model(HALF_A_BILLION, Path(scratch) / "half"), tokens[:8])}
     print(save(Record("bench", found, command="make bench", seed=0, model_sha256=folder_hash(BUNDLED))))

@@ -1,251 +1,249 @@
-"""What each knob of the methods does to the bundled model's answers: `make sweeps`, 45 minutes on two cores.
+"""What each knob of the methods does to the bundled model's answers: `make sweeps`, half an hour on two cores.
 
-Records in data/results: sweep_nf4, sweep_gptq, sweep_awq, sweep_best. Every variant is scored on the same questions
-of the judging set. Those that are calibrated are quantized several times, each time on windows drawn anew from the set: a
-last bit that differs tips roundings, and what follows from them moves the result. Intervals are over questions and draws.
+Lists of variants. Each is scored on the same questions of the judging set, into a cell (helpers/store.py): a sweep that was
+stopped goes on where it was. Those that are calibrated are quantized several times, each time on windows drawn anew from the
+set: a last bit that differs tips roundings, and what follows from them moves the result. In data/results: the values of every
+question (sweep_NAME.npz), and a record derived from them (sweep_NAME.json), with intervals over questions and draws.
 """
 
 import argparse
-import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from helpers.measure.quality import compare
+from helpers.files import folder_hash
+from helpers.harness.compare import Quality
+from helpers.harness.variants import Original, Simulation, ToolkitArtefact, Variant, loaded
 from helpers.measure.stats import ratio_interval
-from helpers.models.checkpoints import load_simulated
-from helpers.models.layers import add_outliers, linears
-from helpers.models.loading import BUNDLED, load
-from helpers.models.quantize import quantize_model, with_weights
-from helpers.models.scheme import Scheme
-from helpers.models.texts import Item, calibration, encode, examples, windows
-from helpers.quantizers.affine import fit_qparams, on_grid
-from helpers.quantizers.nf4 import NF4, dequantize_absmax, dequantize_nf4, quantize_absmax, quantize_nf4
-from helpers.results import Record, folder_hash, save
-from helpers.toolkits.artefacts import CALIBRATION, artefact
+from helpers.measure.tasks import encode, examples
+from helpers.methods.awq import Awq
+from helpers.methods.awq_gptq import AwqGptq
+from helpers.methods.gptq import Gptq
+from helpers.methods.nf4 import Nf4
+from helpers.methods.reference import AutoGptq
+from helpers.methods.rtn import Rtn
+from helpers.models.method import Gram, Method, Notes, Plan
+from helpers.models.outliers import add_outliers
+from helpers.models.source import BUNDLED
+from helpers.models.texts import calibration, random_tokens, windows
+from helpers.results import RESULTS, Record, save
+from helpers.store import Cell, Store, bundle, unbundle
+from helpers.toolkits.artefacts import CALIBRATION
 
 LIMIT = 60  # questions a task; all of them for "best"
 DRAWS = 4
 WINDOWS = 32  # of 256 tokens, unless their number is what is swept
-Variant = Sequence[Callable[[], nn.Module]]  # one for each draw
+SHARED, KEPT = ("id", "task", "answer_tokens"), ("answer_nll", "answer_kl", "exact")
+Draws = list[Variant]  # one for each draw
+QUIET, LOUD = Original(), Original(change=add_outliers, name="with outlier channels")
 
 
-def domain_tokens(tokenizer, name: str, length: int = 256, count: int = 128) -> list[tuple[int, ...]]:
+class Panel(NamedTuple):
+    """A row of a panel: which knob, which value, and the variant's draws."""
+
+    knob: str
+    value: str
+    draws: Draws
+
+
+def tokens(name: str, length: int = 256, count: int = 128) -> list[tuple[int, ...]]:
     """Calibration windows of a set, or of uniformly random tokens as a control."""
-    if name == "random":
-        draw = random.Random(0)
-        return [tuple(draw.randrange(5, len(tokenizer)) for _ in range(length)) for _ in range(count)]
-    return windows(calibration(tokenizer, name), length, count)
+    tokenizer = loaded("bundled", None, "float32", "cpu").tokenizer
+    return random_tokens(tokenizer, length, count) if name == "random" else windows(calibration(tokenizer, name), length, count)
 
 
-def through(model: nn.Module, scheme: Scheme, pool=(), count: int = WINDOWS) -> Variant:
-    """The model quantized by a scheme, when it is asked for, on `count` windows drawn from the pool."""
-    def make(draw: int) -> nn.Module:
-        changed = copy.deepcopy(model)
-        quantize_model(changed, scheme, random.Random(draw).sample(pool, min(count, len(pool))))
-        return changed
-
-    return [partial(make, draw) for draw in range(DRAWS if pool else 1)]
+def drawn(plan: Plan | Method, pool: Sequence = (), count: int = WINDOWS, base: Original = QUIET, **also) -> Draws:
+    """Simulations by a plan on `count` windows drawn from the pool, several times; without a pool one."""
+    return [Simulation(f"{plan} {draw}", plan, random.Random(draw).sample(pool, min(count, len(pool))), base, **also)
+            for draw in range(DRAWS if pool else 1)]
 
 
-def by_whom(model: nn.Module, tokenizer, method: str, *theirs: str) -> Iterator[tuple[str, str, Variant]]:
+def by_whom(method: Method, *theirs: str) -> Iterator[Panel]:
     """Ours beside the toolkits' committed files (one draw each) at 4 bits, all calibrated on the same windows."""
-    pool = domain_tokens(tokenizer, **CALIBRATION)
-    yield "4 bits, by whom", "ours", through(model, Scheme(method), pool, len(pool))
+    pool = tokens(**CALIBRATION)
+    yield Panel("4 bits, by whom", "ours", drawn(method, pool, len(pool)))
     for name in theirs:
-        yield "4 bits, by whom", name.split("-")[0], [partial(load_simulated, artefact(name))]
+        yield Panel("4 bits, by whom", name.split("-")[0], [ToolkitArtefact(name, exact=True)])
 
 
-def nf4_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Variant]]:
-    """(sweep, value, variant): blocks, double quantization, the grid against uniform ones, what else is quantized."""
-    def nf4(block: int, double: bool, head: bool = False) -> Variant:
-        def reconstruct(W: torch.Tensor) -> torch.Tensor:
-            q = quantize_nf4(W, block)
-            absmax = dequantize_absmax(quantize_absmax(q.absmax)) if double else q.absmax
-            return dequantize_nf4(NF4(q.packed, absmax, q.shape, block))
-
-        def make() -> nn.Module:
-            changed = with_weights(model, reconstruct)[0]
-            if head:
-                with torch.no_grad():
-                    changed.lm_head.weight.copy_(reconstruct(changed.lm_head.weight))
-            return changed
-
-        return [make]
-
-    def uniform(group: int, sym: bool) -> Variant:
-        return [lambda: with_weights(model, lambda W: on_grid(W, fit_qparams(W, 4, group, sym)).dequantize())[0]]
-
+def nf4_panels() -> Iterator[Panel]:
+    """Blocks, double quantization, the grid against uniform ones, what else is quantized."""
     for block in (64, 32, 128, 256, 1024):
-        yield "block size", str(block), nf4(block, False)
-    yield "grid at blocks of 64", "NF4", nf4(64, False)
-    yield "grid at blocks of 64", "INT4, symmetric", uniform(64, True)
-    yield "grid at blocks of 64", "INT4, asymmetric", uniform(64, False)
-    yield "double quantization", "off", nf4(64, False)
-    yield "double quantization", "on", nf4(64, True)
-    yield "output head", "16 bits", nf4(64, True)
-    yield "output head", "NF4", nf4(64, True, head=True)
-    yield "compute dtype", "float32", nf4(64, True)
-    for dtype in (torch.float16, torch.bfloat16):
-        yield "compute dtype", str(dtype).removeprefix("torch."), [lambda dtype=dtype: nf4(64, True)[0]().to(dtype)]
+        yield Panel("block size", str(block), drawn(Nf4(block, double=False)))
+    yield Panel("grid at blocks of 64", "NF4", drawn(Nf4(64, double=False)))
+    yield Panel("grid at blocks of 64", "INT4, symmetric", drawn(Rtn(4, 64)))
+    yield Panel("grid at blocks of 64", "INT4, asymmetric", drawn(Rtn(4, 64, sym=False)))
+    yield Panel("double quantization", "off", drawn(Nf4(64, double=False)))
+    yield Panel("double quantization", "on", drawn(Nf4()))
+    yield Panel("output head", "16 bits", drawn(Nf4()))
+    yield Panel("output head", "NF4", drawn(Nf4(), head=Nf4()))
+    yield Panel("compute dtype", "float32", drawn(Nf4()))
+    for dtype in ("float16", "bfloat16"):
+        yield Panel("compute dtype", dtype, drawn(Nf4(), dtype=dtype))
 
 
-def calibration_texts(tokenizer) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """(name, pool) for each calibration set and for random tokens, in windows of 128, which even the short texts fill."""
-    for name in ("instructions", "recipes", "long", "short", "random"):
-        yield name, domain_tokens(tokenizer, name, 128)
+def calibration_texts() -> dict[str, list[tuple[int, ...]]]:
+    """Each calibration set, and random tokens, in windows of 128, which even the short texts fill."""
+    return {name: tokens(name, 128) for name in ("instructions", "recipes", "long", "short", "random")}
 
 
-def gptq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Variant]]:
+def gptq_panels() -> Iterator[Panel]:
     """At 3 bits, where there is something to lose, except where bits are swept."""
-    base = Scheme(bits=3, sym=False)
-    instructions = domain_tokens(tokenizer, "instructions")
-
-    def but(pool=instructions, count: int = WINDOWS, **changes) -> Variant:
-        return through(model, replace(base, **changes), pool, count)
-
-    rounding = {bits: but((), method="rtn", bits=bits) for bits in (2, 3, 4, 8)}
-    gptq = {bits: but(bits=bits) for bits in rounding}
-    plain = gptq[3]
-    for bits in rounding:
-        yield "bits", f"rounding, {bits}", rounding[bits]
-        yield "bits", f"GPTQ, {bits}", gptq[bits]
-    for count in (len(instructions), 64, 32, 16, 8, 4, 2, 1):
-        yield "calibration windows of 256", str(count), plain if count == WINDOWS else but(count=count)
+    plain, pool = Gptq(3, sym=False), tokens("instructions")
+    for bits in (2, 3, 4, 8):
+        yield Panel("bits", f"rounding, {bits}", drawn(Rtn(bits, sym=False)))
+        yield Panel("bits", f"GPTQ, {bits}", drawn(replace(plain, bits=bits), pool))
+    for count in (len(pool), 64, 32, 16, 8, 4, 2, 1):
+        yield Panel("calibration windows of 256", str(count), drawn(plain, pool, count))
     for length in (512, 128, 32):
-        pool = domain_tokens(tokenizer, "instructions", length, 1024)
-        yield "calibration length", str(length), but(pool, WINDOWS * 256 // length)
-    for name, pool in calibration_texts(tokenizer):
-        yield "calibration text", name, but(pool)
+        pieces = tokens("instructions", length, 1024)
+        yield Panel("calibration length", str(length), drawn(plain, pieces, WINDOWS * 256 // length))
+    for name, texts in calibration_texts().items():
+        yield Panel("calibration text", name, drawn(plain, texts))
     for group in (128, 64, 32, -1):
-        yield "group size", str(group), plain if group == 128 else but(group_size=group)
+        yield Panel("group size", str(group), drawn(replace(plain, group_size=group), pool))
     for damp in (0.01, 1e-4, 0.1, 0.5):
-        yield "damping", f"{damp:g}", plain if damp == 0.01 else but(damp_percent=damp)
-    searched = but(search=True)
-    yield from [("order of columns", "as they are", plain), ("order of columns", "desc_act", but(desc_act=True))]
-    yield from [("scales", "fitted to the range", plain), ("scales", "searched", searched)]
-    yield "scales of groups of 32", "fresh", but(group_size=32)
-    yield "scales of groups of 32", "stale, as the toolkits", but(reference=True, group_size=32)
-    yield "calibrated on", "quantized predecessors", plain
-    yield "calibrated on", "same block unquantized", but(true_sequential=False)
-    yield from by_whom(model, tokenizer, "gptq", "autogptq-gptq", "gptqmodel-gptq")
+        yield Panel("damping", f"{damp:g}", drawn(replace(plain, damp_percent=damp), pool))
+    yield Panel("order of columns", "as they are", drawn(plain, pool))
+    yield Panel("order of columns", "desc_act", drawn(replace(plain, desc_act=True), pool))
+    yield Panel("scales", "fitted to the range", drawn(plain, pool))
+    yield Panel("scales", "searched", drawn(replace(plain, search=True), pool))
+    yield Panel("scales of groups of 32", "fresh", drawn(replace(plain, group_size=32), pool))
+    yield Panel("scales of groups of 32", "stale, as the toolkits", drawn(AutoGptq(3, 32, sym=False), pool))
+    yield Panel("calibrated on", "quantized predecessors", drawn(plain, pool))
+    yield Panel("calibrated on", "same block unquantized", drawn(Plan(plain, inputs="block"), pool))
+    yield from by_whom(Gptq(), "autogptq-gptq", "gptqmodel-gptq")
 
 
-def best_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Variant]]:
+def best_panels() -> Iterator[Panel]:
     """What GPTQ and its extras win back of what rounding loses: small differences, so all questions and all windows."""
-    pool = domain_tokens(tokenizer, **CALIBRATION)
+    pool = tokens(**CALIBRATION)
     for bits in (3, 4):
-        for value, changes in {
-                "GPTQ": {}, "searched scales": {"search": True},
-                "searched scales, desc_act, damping 0.1": {"search": True, "desc_act": True, "damp_percent": 0.1},
-                "AWQ before, searched scales": {"search": True, "method": "awq+gptq"}}.items():
-            yield f"{bits} bits", value, through(model, Scheme(**({"bits": bits, "sym": False} | changes)), pool, len(pool))
-        yield f"{bits} bits", "rounding", through(model, Scheme("rtn", bits=bits, sym=False))
+        for value, method in {
+                "GPTQ": Gptq(bits, sym=False), "searched scales": Gptq(bits, sym=False, search=True),
+                "searched scales, desc_act, damping 0.1": Gptq(bits, sym=False, search=True, desc_act=True, damp_percent=0.1),
+                "AWQ before, searched scales": AwqGptq(bits, sym=False, search=True)}.items():
+            yield Panel(f"{bits} bits", value, drawn(method, pool, len(pool)))
+        yield Panel(f"{bits} bits", "rounding", drawn(Rtn(bits, sym=False)))
 
 
-def awq_variants(model: nn.Module, tokenizer) -> Iterator[tuple[str, str, Variant]]:
+class Mixed(NamedTuple):
+    """A rounded weight with some columns as they were."""
+
+    W_hat: Tensor
+
+    def dequantize(self) -> Tensor:
+        return self.W_hat
+
+    def stored(self) -> "Mixed":
+        return self
+
+
+@dataclass(frozen=True)
+class LargestInputs(Rtn):
+    """The observation that AWQ starts from (Lin et al. 2023, table 1): rounding, but the columns of the largest inputs stay
+    in 16 bits. No file format has them, so `formats` is empty."""
+
+    name: ClassVar[str] = "rtn, largest inputs in 16 bits"
+    keeps: ClassVar[type[Gram]] = Gram
+    calibrated: ClassVar[bool] = True
+    share: float = 0.01
+    least: int = 4  # the outlier variant has 4
+
+    def formats(self) -> tuple:
+        return ()
+
+    def solve(self, W: Tensor, kept: Gram) -> tuple[Mixed, Notes]:
+        W_hat = super().solve(W, kept)[0].stored().dequantize()
+        largest = kept.x_mean().topk(max(self.least, round(self.share * W.shape[1]))).indices
+        W_hat[:, largest] = W[:, largest].float()
+        return Mixed(W_hat), {}
+
+
+def awq_panels() -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
-    loud = add_outliers(copy.deepcopy(model))
-    instructions = domain_tokens(tokenizer, "instructions")
-
-    def largest_inputs_in_16_bits(model: nn.Module, share: float) -> Variant:
-        """The paper's table 1: rounding, but with the weights of the channels of largest mean |x| kept."""
-        def make() -> nn.Module:
-            inputs: dict[str, torch.Tensor] = {}
-            handles = [m.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(
-                n, inputs.get(n, 0) + args[0].abs().flatten(0, -2).sum(0))) for n, m in linears(model)]
-            with torch.inference_mode():
-                model(torch.tensor(instructions[:WINDOWS]))
-            for handle in handles:
-                handle.remove()
-            changed = copy.deepcopy(model)
-            quantize_model(changed, Scheme("rtn", bits=3, sym=False))
-            with torch.no_grad():
-                for n, m in linears(changed):
-                    keep = inputs[n].topk(max(4, round(share * m.in_features))).indices  # the loud variant has 4
-                    m.weight[:, keep] = model.get_submodule(n).weight[:, keep]
-            return changed
-
-        return [make]
-
-    for name, m in (("model", model), ("with outlier channels", loud)):
-        gptq, scaled_gptq = (through(m, Scheme(method, bits=3, sym=False), instructions) for method in ("gptq", "awq+gptq"))
-        yield name, "rounding", through(m, Scheme("rtn", bits=3, sym=False))
-        yield name, "rounding, 4 channels in 16 bits", largest_inputs_in_16_bits(m, 0.01)
-        yield name, "AWQ, scales only", through(m, Scheme("awq", bits=3, clip=False), instructions)
-        yield name, "AWQ, clipping only", through(m, Scheme("awq", bits=3, scale=False), instructions)
-        yield name, "AWQ, scales and clipping", through(m, Scheme("awq", bits=3), instructions)
-        yield name, "GPTQ", gptq
-        yield name, "AWQ's scales, then GPTQ", scaled_gptq
-        yield f"{name}, GPTQ", "alone", gptq
-        yield f"{name}, GPTQ", "after AWQ's scales", scaled_gptq
-    for name, pool in calibration_texts(tokenizer):
-        yield "calibration text", name, through(model, Scheme("awq", bits=3), pool)
+    pool = tokens("instructions")
+    for name, base in (("model", QUIET), ("with outlier channels", LOUD)):
+        gptq, scaled = (drawn(method, pool, base=base) for method in (Gptq(3, sym=False), AwqGptq(3, sym=False)))
+        yield Panel(name, "rounding", drawn(Rtn(3, sym=False), base=base))
+        kept = Plan(LargestInputs(3, sym=False), inputs="model")
+        yield Panel(name, "rounding, 4 channels in 16 bits", [Simulation(str(kept), kept, pool[:WINDOWS], base)])
+        yield Panel(name, "AWQ, scales only", drawn(Awq(3, clip=False), pool, base=base))
+        yield Panel(name, "AWQ, clipping only", drawn(Awq(3, scale=False), pool, base=base))
+        yield Panel(name, "AWQ, scales and clipping", drawn(Awq(3), pool, base=base))
+        yield Panel(name, "GPTQ", gptq)
+        yield Panel(name, "AWQ's scales, then GPTQ", scaled)
+        yield Panel(f"{name}, GPTQ", "alone", gptq)
+        yield Panel(f"{name}, GPTQ", "after AWQ's scales", scaled)
+    for name, texts in calibration_texts().items():
+        yield Panel("calibration text", name, drawn(Awq(3), texts))
     for group in (128, 64, 32, -1):
-        yield "group size", str(group), through(model, Scheme("awq", bits=3, group_size=group), instructions)
-    yield from by_whom(model, tokenizer, "awq", "autoawq-awq", "gptqmodel-awq")
+        yield Panel("group size", str(group), drawn(Awq(3, group), pool))
+    yield from by_whom(Awq(), "autoawq-awq", "gptqmodel-awq")
 
 
-VARIANTS = {"nf4": nf4_variants, "gptq": gptq_variants, "awq": awq_variants, "best": best_variants}
+PANELS = {"nf4": nf4_panels, "gptq": gptq_panels, "awq": awq_panels, "best": best_panels}
 
 
-class Draws(NamedTuple):
-    """Scores on answers of a variant's draws: nll and kl [draws, texts] in nats, tokens [texts], share of exact answers."""
-
-    nll: np.ndarray
-    kl: np.ndarray
-    tokens: np.ndarray
-    exact: float
-
-
-def judge(variant: Variant, items: Sequence[Item], reference: nn.Module) -> Draws:
-    scores = compare({str(n): make() for n, make in enumerate(variant)}, items, reference).values()
-    return Draws(np.stack([s.answer.nll for s in scores]), np.stack([s.answer.kl for s in scores]),
-                 next(iter(scores)).answer.tokens, float(np.mean([s.exact.mean() for s in scores])))
-
-
-def sweep(name: str) -> dict:
-    """Score every variant: {sweep: {value: measures with intervals}}."""
-    model, tokenizer = load()
+def measure(name: str, store: Store) -> Cell:
+    """Every variant of a sweep, question by question: a row for each value of each knob and draw."""
+    tokenizer = loaded("bundled", None, "float32", "cpu").tokenizer
     items = [encode(tokenizer, e) for e in examples("judge", limit=None if name == "best" else LIMIT)]
-    variants = list(VARIANTS[name](model, tokenizer))
-    distinct = {id(v): v for _, _, v in variants}  # many panels begin with the same one
-    judged = {key: judge(v, items, model) for key, v in tqdm(distinct.items(), desc=name)}
-    full = judge([lambda: model], items, model)
-    panels: dict[str, dict[str, Draws]] = {}
-    for knob, value, variant in variants:
-        panels.setdefault(knob, {})[value] = judged[id(variant)]
-    return {"questions": len(items), "draws": DRAWS, "exact_16_bits": full.exact,
-            "sweeps": {knob: {value: row(draws, panel, full) for value, draws in panel.items()}
+    quality = Quality(items, QUIET, store)
+    panels = [Panel("16 bits", "16 bits", [QUIET]), *PANELS[name]()]
+    cells = {f"{p.knob}: {p.value}": [quality.cell(v) for v in p.draws] for p in tqdm(panels, desc=name)}
+    return bundle(cells, KEPT, SHARED)
+
+
+def derive(cell: Cell) -> dict[str, Any]:
+    """{sweep: {value: measures with intervals}} from what `measure` found."""
+    results = {name: arrays | {"tokens": arrays["answer_tokens"]} for name, arrays in unbundle(cell).items()}
+    full = results.pop("16 bits: 16 bits")
+    panels: dict[str, dict[str, dict]] = {}
+    for name, arrays in results.items():
+        knob, value = name.split(": ", 1)
+        panels.setdefault(knob, {})[value] = arrays
+    return {"questions": len(full["id"]), "draws": DRAWS, "exact_16_bits": float(full["exact"].mean()),
+            "sweeps": {knob: {value: row(arrays, panel, full) for value, arrays in panel.items()}
                        for knob, panel in panels.items()}}
 
 
-def row(it: Draws, panel: Mapping[str, Draws], full: Draws) -> dict:
+def row(it: dict, panel: Mapping[str, dict], full: dict) -> dict[str, Any]:
     """A variant's measures with intervals, set against the 16-bit model, the panel's first, and rounding if it is there."""
-    first = next(iter(panel.values()))
+    first, (nll, kl, tokens) = next(iter(panel.values())), (it[k] for k in ("answer_nll", "answer_kl", "tokens"))
     measures = {
-        "kl": ratio_interval(it.kl, it.tokens), "exact": it.exact,
-        "kl_of_draws": [float(kl.sum() / it.tokens.sum()) for kl in it.kl],
-        "delta_nll": ratio_interval(it.nll - full.nll, it.tokens),
-        "kl_against_first": ratio_interval(it.kl - first.kl, it.tokens),
-        "nll_against_first": ratio_interval(it.nll - first.nll, it.tokens)}
+        "kl": ratio_interval(kl, tokens), "exact": float(it["exact"].mean()),
+        "kl_of_draws": [float(one.sum() / tokens.sum()) for one in kl],
+        "delta_nll": ratio_interval(nll - full["answer_nll"], tokens),
+        "kl_against_first": against(it, first, "answer_kl"), "nll_against_first": against(it, first, "answer_nll")}
     if rounding := panel.get("rounding"):  # the share of its loss increase, and of its KL, that is gone
-        measures["won_back"] = ratio_interval(rounding.nll - it.nll, (rounding.nll - full.nll)[0])
-        measures["kl_won_back"] = ratio_interval(rounding.kl - it.kl, rounding.kl[0])
+        lost = (rounding["answer_nll"] - full["answer_nll"])[0]
+        measures["won_back"] = ratio_interval(rounding["answer_nll"] - nll, lost)
+        measures["kl_won_back"] = ratio_interval(rounding["answer_kl"] - kl, rounding["answer_kl"][0])
     return measures
+
+
+def against(it: dict, other: dict, what: str):
+    """The paired difference of two variants of a sweep; with unequal draws, against the mean of the fewer."""
+    a, b = it[what], other[what]
+    return ratio_interval(a - (b if len(a) == len(b) else b.mean(0) if len(a) > len(b) else b), it["tokens"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=VARIANTS)
-    only = parser.parse_args().only
-    for name in [only] if only else VARIANTS:
-        record = Record(f"sweep_{name}", sweep(name), command="make sweeps", seed=0, model_sha256=folder_hash(BUNDLED))
-        print(save(record))
+    parser.add_argument("--only", choices=PANELS)
+    parser.add_argument("--derive", action="store_true", help="the records from the committed values, nothing measured")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for name in [args.only] if args.only else PANELS:
+        path = RESULTS / f"sweep_{name}.npz"
+        if not args.derive:
+            measure(name, Store()).save(path)
+        cell = Cell.read(path)
+        print(save(Record(f"sweep_{name}", derive(cell), command="make sweeps", seed=0, model_sha256=folder_hash(BUNDLED),
+                          machine=cell.made["machine"], versions=cell.made["versions"], date=cell.made["date"])))

@@ -100,8 +100,8 @@ plt.show()
 
 # %%
 from helpers.book import settings
-from helpers.models.loading import load
-from helpers.models.texts import applicable, examples
+from helpers.measure.tasks import applicable, examples
+from helpers.models.source import load
 
 run_on = settings(model, profile)
 lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
@@ -124,11 +124,20 @@ guess = {4: 5, 3: 3, 2: 1}
 import pandas as pd
 
 from helpers.measure.quality import generate, is_correct
-from helpers.models.quantize import rtn
+from helpers.methods.rtn import Rtn
+from helpers.models.layers import common_group
+from helpers.models.quantize import quantized
+
+group = common_group(lm)  # 128, or what divides this model's widths
+
+
+def rounded(n_bits):
+    return quantized(lm, Rtn(n_bits, group, sym=False))
+
 
 answers, right = {}, {}
 for n_bits in (16, 4, 3, 2):
-    variant = lm if n_bits == 16 else rtn(lm, n_bits)[0]
+    variant = lm if n_bits == 16 else rounded(n_bits)
     answers[n_bits] = generate(variant, tokenizer, asked, max_new_tokens=48)
     right[n_bits] = sum(is_correct(e, said) for e, said in zip(asked, answers[n_bits], strict=True))
 print("right:", right, " guessed:", guess)
@@ -141,11 +150,11 @@ pd.DataFrame(answers, index=[e.task for e in asked]).rename(columns="{} bits".fo
 
 # %%
 from helpers.measure.quality import score
-from helpers.models.texts import encode
+from helpers.measure.tasks import encode_all
 
-items = [encode(tokenizer, e) for e in examples("tune", tasks, limit=20)]
+items = encode_all(tokenizer, examples("tune", tasks, limit=20), lm.config)
 full = score(lm, items)
-increase = {bits: score(rtn(lm, bits)[0], items).answer.delta_nll(full.answer) for bits in (4, 3, 2)}
+increase = {bits: score(rounded(bits), items).answer.delta_nll(full.answer) for bits in (4, 3, 2)}
 for n_bits, interval in increase.items():
     verdict = "told from zero" if interval.excludes_zero() else "not told from zero at this sample size"
     print(f"{n_bits} bits: {verdict}")
@@ -195,15 +204,15 @@ plt.show()
 #
 # <details><summary>Solution</summary>
 #
-# `{g: score(rtn(lm, 3, g)[0], items).answer.delta_nll(full.answer).estimate for g in (-1, 128, 32)}`. Smaller groups
-# follow the weights more closely, so the loss falls; each group also has to store a scale and a zero point.
+# `{g: score(quantized(lm, Rtn(3, g, sym=False)), items).answer.delta_nll(full.answer).estimate for g in (-1, 128, 32)}`.
+# Smaller groups follow the weights more closely, so the loss falls; each group also has to store a scale and a zero point.
 # </details>
 #
 # 2. Which of the five tasks loses most at 3 bits? `score(...).select("json")` gives the scores of one task.
 #
 # <details><summary>Solution</summary>
 #
-# `{t: score(rtn(lm, 3)[0], items).select(t).answer.delta_nll(full.select(t).answer) for t in tasks}`. With 20 questions
+# `{t: score(rounded(3), items).select(t).answer.delta_nll(full.select(t).answer) for t in tasks}`. With 20 questions
 # a task the intervals overlap: the order is a hint, not a result. The datasheet has 300 a task.
 # </details>
 #

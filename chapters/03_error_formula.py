@@ -108,12 +108,12 @@ guess_db = 3.0
 
 # %%
 from helpers.book import settings
-from helpers.models.layers import linears
-from helpers.models.loading import load
+from helpers.models.layers import common_group, linears
+from helpers.models.source import load
 from helpers.quantizers.affine import decibel, round_to_nearest
 
 run_on = settings(model, profile)
-lm, tokenizer = load(run_on["model"], run_on["revision"])  # fp32, on the CPU, in every profile
+lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
 name, linear = next(linears(lm))
 W = linear.weight.detach().float()
 
@@ -123,11 +123,11 @@ def weight_error_db(W_hat):
     return decibel((W - W_hat).square().sum().item(), W.square().sum().item())
 
 
-sizes = [g for g in (W.shape[1], 128, 64, 32) if W.shape[1] % g == 0]
+sizes = sorted({g for g in (W.shape[1], 128, 64, 32) if W.shape[1] % g == 0}, reverse=True)
 by_group = {g: weight_error_db(round_to_nearest(W, 4, g, sym=False)) for g in sizes}
 for g, db in by_group.items():
     print(f"groups of {g:5}: {4 + 20 / g:5.2f} bits a weight, error {db:6.1f} dB")
-print(f"won: {by_group[W.shape[1]] - by_group[32]:.1f} dB, guessed {guess_db}")
+print(f"won: {by_group[sizes[0]] - by_group[sizes[-1]]:.1f} dB, guessed {guess_db}")
 
 # %% [markdown]
 # One bit more halves the step, so it quarters the squared error: 6.02 dB. Is that what happens?
@@ -136,7 +136,7 @@ print(f"won: {by_group[W.shape[1]] - by_group[32]:.1f} dB, guessed {guess_db}")
 import matplotlib.pyplot as plt
 
 bits = [2, 3, 4, 5, 6, 7, 8]
-measured = [weight_error_db(round_to_nearest(W, b, sizes[-2], sym=False)) for b in bits]
+measured = [weight_error_db(round_to_nearest(W, b, sizes[-1], sym=False)) for b in bits]
 figure, axes = plt.subplots(figsize=(6, 2.6))
 axes.plot(bits, measured, "o", label="measured")
 axes.plot(bits, [measured[-1] + 6.02 * (8 - b) for b in bits], color="black", linewidth=0.8, label="6.02 dB a bit")
@@ -186,33 +186,34 @@ print(f"H is {H.shape[0]} x {H.shape[1]}, X was {X.shape[0]} x {X.shape[1]}")
 # For a linear of Llama-2-7B (4096 inputs) $H$ takes 67 MB in fp32, and a calibration set of 128 × 2048 tokens would take
 # 4.3 GB. GPTQ's Hessian is this matrix, and AWQ's search can use it too (chapters 5 and 6).
 #
-# `Walk` sends calibration text through the model block by block and keeps one $H$ for the linears that share an input.
+# `walk` sends calibration text through the model and stops at each block, where one $H$ is kept for all linears that share an
+# input. Here at the first:
 
 # %%
-from helpers.models.calibration import Walk
-from helpers.models.layers import architecture
-from helpers.models.texts import calibration, windows
+from helpers.models.method import Gram
+from helpers.models.texts import calibration, context_of, windows
+from helpers.models.walk import first_step
 
-tokens = windows(calibration(tokenizer), 128, 16)
-walk = Walk(lm)
-print(walk.begin(tokens), "tokens")
-block_name, block = next(walk.blocks())
-grams = walk.grams(block, architecture(lm).groups)
+tokens = windows(calibration(tokenizer), min(128, context_of(tokenizer, lm.config)), 16)
+step = first_step(lm, tokens)
+grams = step.grams(Gram)
+print(step.stream.tokens, "tokens; linears that share an input:")
+for shared in step.layout.groups:
+    print("   ", ", ".join(shared))
 
 # %% [markdown]
 # Now the output error of each linear of the first block, rounded to nearest, beside its weight error:
 
 # %%
-from helpers.quantizers.affine import GroupSizeError
-
+group = common_group(lm)  # 128, or what divides this model's widths
 figure, axes = plt.subplots(figsize=(6.5, 2.8))
 for n, (linear_name, gram) in enumerate(grams.items()):
-    W = block.get_submodule(linear_name).weight.detach().float()
+    W = step.block.get_submodule(linear_name).weight.detach().float()
+    if W.shape[1] % group:
+        print(f"{linear_name} is left out: groups of {group} do not divide its {W.shape[1]} inputs")
+        continue
     for n_bits, colour in ((4, "#0072B2"), (3, "#D55E00")):
-        try:
-            dW = W - round_to_nearest(W, n_bits, 128, sym=False)
-        except GroupSizeError:
-            continue  # a model whose width 128 does not divide
+        dW = W - round_to_nearest(W, n_bits, group, sym=False)
         output = decibel(output_error(dW, gram.H), output_error(W, gram.H))
         axes.plot(output, n, "o", color=colour, label=f"output, {n_bits} bits" if n == 0 else None)
         weight = decibel(dW.square().sum().item(), W.square().sum().item())
@@ -234,21 +235,52 @@ plt.show()
 # %%
 from transformers import LlamaConfig
 
-from helpers.measure.memory import predicted_bytes
+from helpers.measure.bytes import predicted_bytes
+from helpers.methods.awq import Awq
+from helpers.methods.gptq import Gptq
+from helpers.methods.nf4 import Nf4
 
 shapes = {"this model": lm.config,
           "Llama-2-7B": LlamaConfig(),
           "Llama-2-70B": LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                                      num_attention_heads=64, num_key_value_heads=8)}
 for shape_name, config in shapes.items():
-    weights = predicted_bytes(config, "fp16") / 2
-    each = {m: round(8 * predicted_bytes(config, m) / weights, 2) for m in ("gptq", "awq", "nf4")}
+    weights = predicted_bytes(config) / 2
+    size = group if config is lm.config else 128
+    plans = (Gptq(group_size=size), Awq(group_size=size), Nf4())
+    each = {m.name: round(8 * predicted_bytes(config, m) / weights, 2) for m in plans}
     print(f"{shape_name:12} {each}")
 
 # %% [markdown]
 # The larger the model, the nearer to the nominal number; in a small one the 16-bit embeddings and head take nearly as many
 # bytes as all quantized weights.
 #
+# ## Eight codes in a word
+#
+# Files pack codes into 32-bit words: at 4 bits, eight codes, the first in the lowest four bits. In hexadecimal a digit is a
+# code, so a word can be read from right to left:
+
+# %%
+codes = [1, 2, 3, 4, 5, 6, 7, 0]
+word = 0
+for position, code in enumerate(codes):
+    word |= code << (4 * position)
+print(f"{word:#010x}")
+assert [(word >> (4 * position)) & 0xF for position in range(8)] == codes
+
+# %% [markdown]
+# GPTQ files pack eight neighbouring *inputs* of one output, AWQ files eight outputs of one input in an order of their own. The
+# helper packs whole matrices, codes of 3 bits across the borders of words too:
+
+# %%
+from helpers.quantizers.packing import pack_gptq, unpack_gptq
+
+assert pack_gptq(torch.tensor([codes])).item() == word
+three = torch.randint(0, 8, (4, 32))
+print(tuple(three.shape), "codes of 3 bits in", tuple(pack_gptq(three, bits=3).shape), "words")
+assert torch.equal(unpack_gptq(pack_gptq(three, bits=3), bits=3), three)
+
+# %% [markdown]
 # ## Against the toolkit's own file
 #
 # auto-gptq's artefact of this model holds codes, scales and zero points. Unpacked with equation 3.2 they give $\hat W$. How
@@ -258,22 +290,19 @@ for shape_name, config in shapes.items():
 guess_gptq_weight_error_is_smaller = True
 
 # %%
-from helpers.models.checkpoints import read_artefact
+from helpers.models.reading import read_artefact
 from helpers.toolkits.artefacts import COMMITTED
 
-theirs, _ = read_artefact(COMMITTED / "autogptq-gptq")
-lm_bundled = load().model
-walk = Walk(lm_bundled)
-walk.begin(windows(calibration(load().tokenizer), 256, 128))
-block_name, first = next(walk.blocks())
-H = walk.grams(first, [("mlp.up_proj",)])["mlp.up_proj"].H
-W = first.mlp.up_proj.weight.detach()
-file = theirs[f"{block_name}.mlp.up_proj"].dequantize()
-for what, W_hat in (("rounded to nearest", round_to_nearest(W, 4, 128)), ("auto-gptq's file", file)):
+theirs = read_artefact(COMMITTED / "autogptq-gptq").linears
+bundled, bundled_tokenizer = load()
+first = first_step(bundled, windows(calibration(bundled_tokenizer), 256, 128))
+H = first.grams(Gram)["mlp.up_proj"].H
+W = first.block.mlp.up_proj.weight.detach()
+file, rounded = theirs[f"{first.name}.mlp.up_proj"].dequantize(), round_to_nearest(W, 4, 128)
+for what, W_hat in (("rounded to nearest", rounded), ("auto-gptq's file", file)):
     weight_db = decibel((W - W_hat).square().sum().item(), W.square().sum().item())
     output_db = decibel(output_error(W - W_hat, H), output_error(W, H))
     print(f"{what:20} weights {weight_db:6.1f} dB   output {output_db:6.1f} dB")
-rounded = round_to_nearest(W, 4, 128)
 smaller = (W - file).norm() < (W - rounded).norm()
 print("weight error smaller than rounding's:", bool(smaller), " guessed:", guess_gptq_weight_error_is_smaller)
 
@@ -284,10 +313,10 @@ print("weight error smaller than rounding's:", bool(smaller), " guessed:", guess
 # weights?
 
 # %% tags=["nbval-ignore-output"]
-from helpers.models.checkpoints import load_simulated
+from helpers.models.reading import load_simulated
 from helpers.toolkits.artefacts import reload
 
-ids = torch.tensor(windows(calibration(load().tokenizer), 128, 1))
+ids = torch.tensor(windows(calibration(bundled_tokenizer), 128, 1))
 with torch.inference_mode():
     ours = load_simulated(COMMITTED / "autogptq-gptq")(ids).logits
     kernel = reload(COMMITTED / "autogptq-gptq")(ids).logits

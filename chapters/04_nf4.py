@@ -87,11 +87,12 @@ import matplotlib.pyplot as plt
 
 from helpers.book import settings
 from helpers.models.layers import linears
-from helpers.models.loading import load
+from helpers.models.source import load
 
 run_on = settings(model, profile)
-lm, tokenizer = load(run_on["model"], run_on["revision"])  # fp32, on the CPU, in every profile
-blocks = torch.cat([m.weight.detach().float().flatten() for _, m in linears(lm)]).view(-1, 64)
+lm, tokenizer = load(*(run_on[k] for k in ("model", "revision", "dtype", "device")))
+weights = torch.cat([m.weight.detach().float().cpu().flatten() for _, m in linears(lm)])
+blocks = weights[:len(weights) // 64 * 64].view(-1, 64)
 scaled = (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)).flatten()
 
 figure, axes = plt.subplots(figsize=(6.5, 2.4))
@@ -114,7 +115,7 @@ plt.show()
 # %%
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4, unpack_pairs
 
-W = next(linears(lm))[1].weight.detach().float()
+W = next(linears(lm))[1].weight.detach().float().cpu()
 first = W.flatten()[:64]
 by_hand = (first[:, None] / first.abs().max() - values).abs().argmin(1)
 q = quantize_nf4(W)
@@ -127,18 +128,7 @@ print(f"of all weights the rarest code has {share.min():.1%}, the most frequent 
 # Quantiles would be used equally often, 6.25 % each, if a block were divided by the curve's outer quantile; its largest weight
 # lies farther out. So NF4 is neither exactly of equal use nor of least error: measure it.
 #
-# The helper compares almost nothing: it looks each weight up in a table of 32,769 narrow cells of $[-1, 1]$, and settles by
-# comparison only those that fall into a cell cut by a border between two codes.
-
-# %%
-import inspect
-
-from helpers.quantizers import nf4
-
-print(inspect.getsource(nf4.nearest))
-
-# %% [markdown]
-# Measured beside the library, on the machine that the record names. "theirs / ours" sets median against median: above 1 ours is
+# Speed beside the library, on the machine that the record names. "theirs / ours" sets median against median: above 1 ours is
 # faster. The range sets the fastest run of one side against the slowest of the other.
 
 # %% tags=["nbval-ignore-output"]
@@ -150,8 +140,8 @@ print(f"{bench.machine['cpu']}, {bench.data['threads']} threads, {bench.date}, {
 beside(bench.data["nf4"])
 
 # %% [markdown]
-# Quantizing is faster because a table lookup replaces comparisons. Dequantizing is slower: the library looks up and multiplies
-# in one fused loop on all cores; in tensor operations these are two, and torch looks up on one core.
+# Ours quantizes by looking weights up in a fine table instead of comparing them. It dequantizes more slowly: the library looks
+# up and multiplies in one fused loop on all cores; in tensor operations these are two, and torch looks up on one core.
 #
 # ## Double quantization
 #
@@ -216,8 +206,8 @@ plt.show()
 #
 # - *Blocks* of 128 and more have a measurably higher KL than 64; 32 cannot be told from 64.
 # - *Double quantization*: no difference detectable.
-# - *Compute dtype*, in which the weights are multiplied: no difference in loss detectable, and none in KL worth naming. The
-#   most that bf16 may cost is 0.0006 nats/token; NF4 itself costs 0.006.
+# - *Compute dtype*, in which the weights are multiplied: no difference worth naming. fp16 and bf16 stay within 0.0005
+#   nats/token of fp32 in loss, intervals included; NF4 itself costs 0.006.
 # - *Output head*: in NF4 it is measurably worse, by nearly a quarter of what NF4 costs elsewhere in KL, by over a third in
 #   loss.
 # - *NF4 or INT4* in blocks of 64: no difference detectable on this model's answers.
@@ -227,6 +217,8 @@ plt.show()
 # transformers' own defaults for 4 bits are *fp4*, no double quantization and fp32 compute. Always say what you want:
 
 # %% tags=["nbval-ignore-output"]
+import inspect
+
 from helpers.toolkits.bitsandbytes import config
 
 print(inspect.getsource(config))
@@ -234,7 +226,7 @@ print(inspect.getsource(config))
 # %%
 from transformers import AutoModelForCausalLM
 
-from helpers.models.loading import resolve
+from helpers.models.source import resolve
 
 loaded = AutoModelForCausalLM.from_pretrained(resolve(run_on["model"], run_on["revision"]), device_map=run_on["device"],
                                               quantization_config=config("nf4"))
@@ -249,9 +241,10 @@ assert "lm_head" in left
 # Every linear of this model: codes, absmax and double-quantized absmax, ours against what bitsandbytes just made.
 
 # %%
+stored = load(run_on["model"], run_on["revision"], "auto").model  # the weights as they lie on disk, which it was given
 weights = 0
 for linear_name, module in linears(loaded):
-    q = quantize_nf4(lm.get_submodule(linear_name).weight.half().float())
+    q = quantize_nf4(stored.get_submodule(linear_name).weight.float())
     twice, state = quantize_absmax(q.absmax), module.weight.quant_state
     assert torch.equal(q.packed, module.weight.data.flatten().cpu())
     assert torch.equal(twice.codes, state.absmax.flatten().cpu()) and torch.equal(twice.absmax, state.state2.absmax.cpu())

@@ -97,7 +97,13 @@ def site(notebooks: Path, out: Path) -> None:
     shutil.copytree(ROOT / "static", source / "static")
     for name in ("README.md", "_config.yml", "_toc.yml", "references.bib", "data/README.md"):
         shutil.copy(ROOT / name, source / name)
-    shutil.copytree(notebooks, source / "chapters", ignore=lambda _, names: [n for n in names if not n.endswith(".ipynb")])
+    (source / "chapters").mkdir()
+    for path in notebooks.glob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            if "injected-parameters" in (tags := cell["metadata"].get("tags", [])):
+                tags.append("remove-cell")  # what papermill was called with is no part of the page
+        (source / "chapters" / path.name).write_text(json.dumps(notebook), encoding="utf-8")
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     subprocess.run([jupyter_book, "build", source, "--path-output", out, "-W", "-n", "--keep-going", "--quiet"], check=True)
 
@@ -108,19 +114,29 @@ def execute_all(folder: str, **parameters) -> None:
         execute(notebook, BUILD / folder / notebook.name, **parameters)
 
 
-def other_model() -> Path:
-    """A random Llama of another shape than the bundled one, with its tokenizer: chapters must hold for any model."""
+def random_llama(name: str, width: int, inner: int, tied: bool) -> Path:
+    """A folder with a random Llama and the bundled tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = BUILD / "other-model"
+    folder = BUILD / name
     shutil.copytree(ROOT / "data" / "model", folder, dirs_exist_ok=True)
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=1280, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False, pad_token_id=0,
+        vocab_size=1280, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=width // 32,
+        num_key_value_heads=width // 64, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, dtype=torch.float16)).half().save_pretrained(folder)
     return folder
+
+
+def other_models() -> dict[str, Path]:
+    """Chapters must hold for any model: one of another shape than the bundled one, and one that is awkward in every way
+    that a Llama can be: no chat template, no start token, no limit of length, a tied head, widths that 128 does not divide."""
+    awkward = random_llama("awkward-model", 192, 352, tied=True)
+    path = awkward / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("chat_template", "model_max_length")}
+    path.write_text(json.dumps(config | {"bos_token": None}))
+    return {"other": random_llama("other-model", 128, 384, tied=False), "awkward": awkward}
 
 
 if __name__ == "__main__":
@@ -138,7 +154,8 @@ if __name__ == "__main__":
     elif args.command == "site":
         site(args.notebooks, args.out)
     elif args.command == "execute-other":
-        execute_all("other", model=str(other_model()))
+        for name, folder in other_models().items():
+            execute_all(name, model=str(folder))
     else:
         settings("", args.name)
         execute_all(args.name, profile=args.name)

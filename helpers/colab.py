@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 KEEP = ("torch", "numpy")
-NEEDED = ("accelerate bitsandbytes beartype datasets defuser device-smi jaxtyping logbar matplotlib optimum pandas pypcre "
-          "requests safetensors scipy threadpoolctl tokenicer torchao tqdm transformers").split()
+NEEDED = ("accelerate bitsandbytes beartype datasets defuser device-smi greenlet jaxtyping logbar matplotlib optimum pandas "
+          "pypcre requests safetensors scipy threadpoolctl tokenicer torchao tqdm transformers").split()
 EXACT = ("bitsandbytes", "gptqmodel", "optimum", "transformers")  # the book's results hang on these
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,5 +1,6 @@
 """Figures: functions of (axes, table). One colour and marker for each method, the same in the whole book."""
 
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -7,18 +8,23 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
 from helpers.measure.stats import share_interval
+from helpers.measure.tasks import title
 
 # method -> (colour, marker); Okabe-Ito colours, told apart by the marker where colours are not
 METHODS = {
     "fp16": ("#000000", "o"), "int8": ("#8C8C8C", "s"), "rtn": ("#56B4E9", "v"), "nf4": ("#009E73", "D"),
     "gptq": ("#0072B2", "^"), "awq": ("#D55E00", "P"),
 }
-TASK_NAMES = {
-    "facts": "facts", "facts_rare": "rare facts", "facts_tail": "facts of the tail", "arithmetic": "arithmetic",
-    "arithmetic_hard": "harder arithmetic", "arithmetic_steps": "two-step arithmetic", "multiply": "two-digit products",
-    "recall_4": "recall, 4 pairs", "recall_12": "recall, 12 pairs", "recall_far": "recall, far", "json": "JSON",
-    "tool": "tool call", "condense": "condense",
-}
+OTHERS = [("#CC79A7", "X"), ("#E69F00", "*"), ("#7F3C8D", "<"), ("#4B4B8F", ">"), ("#A0522D", "h"), ("#3C7F6A", "d")]
+
+
+def looks(names: Iterable[str], kinds: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each row: that of its method (`kinds`; else the row's name is one). A method that is not in the
+    table gets one of its own, in the order of appearance."""
+    methods = {name: (kinds or {}).get(name, name) for name in names}
+    unknown = [m for m in dict.fromkeys(methods.values()) if m not in METHODS]
+    table = METHODS | {m: OTHERS[n % len(OTHERS)] for n, m in enumerate(unknown)}
+    return {name: table[m] for name, m in methods.items()}
 
 
 def style() -> AbstractContextManager:
@@ -46,7 +52,7 @@ def learning_curves(ax, curve: list[dict], tasks: list[str]) -> None:
     for n, task in enumerate(tasks):
         points = [(row["tokens"] / 1e6, 100 * row[task]) for row in curve if task in row]
         [line] = ax.plot(*zip(*points, strict=True), linestyle=("-", "--")[n // 7])
-        ends[TASK_NAMES[task]] = (*points[-1], line.get_color())
+        ends[title(task)] = (*points[-1], line.get_color())
     label_ends(ax, ends, gap=4.5)
     ax.set(xlabel="training tokens (millions)", ylabel="exact answers (%)", ylim=(0, 104))
 
@@ -60,22 +66,16 @@ def exact_by_bits(ax, data: dict) -> None:
         error = [[100 * max(0, s[0] - s[1]) for s in shares], [100 * max(0, s[2] - s[0]) for s in shares]]
         y = [i + 0.17 * (n - 1.5) for i in range(len(tasks))]
         ax.errorbar(x, y, xerr=error, fmt="osDv"[n], label=f"{bits} bits", capsize=2, linewidth=1)
-    ax.set_yticks(range(len(tasks)), [TASK_NAMES[t] for t in tasks])
+    ax.set_yticks(range(len(tasks)), [title(t) for t in tasks])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="exact answers (%), 95 % interval", xlim=(-2, 102))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
-def method_of(name: str) -> str:
-    """The method of an artefact's name ("gptqmodel-awq": awq); a name without one is the 16-bit model."""
-    return name.split("-")[-1] if name.split("-")[-1] in METHODS else "fp16"
-
-
-def intervals(ax, table: dict, xlabel: str) -> None:
+def intervals(ax, table: dict, xlabel: str, kinds: Mapping[str, str] | None = None) -> None:
     """A row for each name with its estimate and interval, and a line at zero."""
-    for n, (name, i) in enumerate(table.items()):
-        colour, marker = METHODS[method_of(name)]
+    for n, (i, (colour, marker)) in enumerate(zip(table.values(), looks(table, kinds).values(), strict=True)):
         ax.errorbar(i.estimate, n, xerr=[[i.estimate - i.low], [i.high - i.estimate]], fmt=marker, color=colour, capsize=3)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(table)), list(table))
@@ -83,15 +83,16 @@ def intervals(ax, table: dict, xlabel: str) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def exact_by_task(ax, table: dict[str, dict]) -> None:
+def exact_by_task(ax, table: dict[str, dict], kinds: Mapping[str, str] | None = None) -> None:
     """Share of right answers of each model by task, with 95 % intervals."""
+    shown = looks(table, kinds)
     for n, (name, by_task) in enumerate(table.items()):
-        colour, marker = METHODS[method_of(name)]
+        colour, marker = shown[name]
         shares = [share_interval(right.sum(), len(right)) for right in by_task.values()]
         y = [i + 0.14 * (n - (len(table) - 1) / 2) for i in range(len(shares))]
         error = [[100 * max(0, s.estimate - s.low) for s in shares], [100 * max(0, s.high - s.estimate) for s in shares]]
         ax.errorbar([100 * s.estimate for s in shares], y, xerr=error, fmt=marker, color=colour, label=name, linewidth=1)
-    ax.set_yticks(range(len(by_task)), [TASK_NAMES.get(t, t) for t in by_task])
+    ax.set_yticks(range(len(by_task)), [title(t) for t in by_task])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="exact answers (%), 95 % interval", xlim=(-2, 102))

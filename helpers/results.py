@@ -1,11 +1,9 @@
 """Measured results as records with their provenance, stored whole or not at all."""
 
-import hashlib
 import json
 import os
 import platform
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -14,24 +12,14 @@ from typing import Any
 
 import torch
 
+from helpers.files import write_atomically
+
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel", "optimum", "numpy")
 
 
 class BadRecord(ValueError):
     """A results file that is missing, cut short, or not a record."""
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def folder_hash(folder: Path) -> str:
-    """sha256 over the weights of a model folder (all *.safetensors, by name), hex."""
-    files = sorted(folder.glob("*.safetensors"))
-    return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()
 
 
 def machine() -> dict[str, Any]:
@@ -70,35 +58,6 @@ class Record:
     machine: dict[str, Any] = field(default_factory=machine)
     versions: dict[str, str] = field(default_factory=versions)
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that after a crash it is the old one or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def check_replaceable(out: Path, mark: str) -> None:
-    """Raises FileExistsError if `out` exists and is no earlier artefact, which has a file `mark`: only that may be replaced."""
-    if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and has no {mark}, so it is no earlier artefact: choose another folder")
-
-
-def put_in_place(folder: Path, out: Path) -> None:
-    """Rename a complete folder to `out`. An earlier one is moved beside `folder`, to go away with its temporary parent."""
-    if out.exists():
-        os.replace(out, folder.with_name("earlier"))
-    os.replace(folder, out)
 
 
 def save(record: Record, folder: Path = RESULTS) -> Path:

@@ -8,7 +8,7 @@ install_import_hook("helpers.quantizers", "beartype.beartype")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from helpers.models.loading import load  # noqa: E402
+from helpers.models.source import load  # noqa: E402
 
 
 @pytest.fixture(scope="session")

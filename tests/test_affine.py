@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.quantizers.affine import GroupSizeError, dequantize, fit_qparams, quantize, round_to_nearest
+from helpers.quantizers.affine import (
+    GroupSizeError,
+    ScaleError,
+    dequantize,
+    fit_qparams,
+    on_grid,
+    quantize,
+    round_to_nearest,
+)
 
 
 def test_asymmetric_grid_by_hand():
@@ -75,3 +83,28 @@ def test_refuses_other_groups_and_bits():
 
 def test_keeps_dtype():
     assert round_to_nearest(torch.randn(2, 8).half()).dtype == torch.float16
+
+
+def test_stored_codes_are_those_on_scales_in_fp16():
+    W = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    q = on_grid(W, fit_qparams(W, 4, 32))
+    stored = q.stored()
+    assert torch.equal(stored.codes, q.codes) and torch.equal(stored.grid.scale, q.grid.scale.half().float())
+    assert not torch.equal(stored.grid.scale, q.grid.scale)
+    assert torch.equal(stored.stored().dequantize(), stored.dequantize())
+
+
+def test_scales_beyond_fp16():
+    W = torch.randn(2, 8)
+    with pytest.raises(ScaleError, match="beyond fp16"):
+        on_grid(W, fit_qparams(W * 1e8)).stored()
+    tiny = on_grid(W * 1e-12, fit_qparams(W * 1e-12)).stored()  # not zero, which nothing could be divided by
+    assert (tiny.grid.scale == 2**-24).all()
+
+
+def test_a_stack_comes_apart():
+    W = torch.randn(6, 64)
+    parts = list(on_grid(W, fit_qparams(W, 4, 32)).split([1, 2, 3]))
+    for part, w in zip(parts, W.split([1, 2, 3]), strict=True):
+        alone = on_grid(w, fit_qparams(w, 4, 32))
+        assert torch.equal(part.codes, alone.codes) and torch.equal(part.dequantize(), alone.dequantize())

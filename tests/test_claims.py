@@ -2,7 +2,9 @@
 
 import pytest
 
+from helpers.measure.stats import paired
 from helpers.results import read
+from helpers.store import values
 
 
 def sweeps(name):
@@ -37,16 +39,19 @@ def test_nf4():
     assert 0.33 < head["NF4"]["nll_against_first"][0] / s["block size"]["64"]["delta_nll"][0] < 0.4
     dtype = s["compute dtype"]
     assert all(abs(row["kl_against_first"][0]) < 0.0002 for row in dtype.values())
-    assert all(change_in_loss(row) == 0 for row in dtype.values())
-    assert dtype["bfloat16"]["nll_against_first"][2] == pytest.approx(0.0006, abs=0.00005)
+    assert all(abs(end) < 0.0005 for row in dtype.values() for end in row["nll_against_first"])
 
 
 def test_gptq_calibration():
     s = sweeps("gptq")
     count, text = s["calibration windows of 256"], s["calibration text"]
-    assert {n: change(row) for n, row in count.items()} == {"109": 0, "64": 0, "32": 0, "16": 0, "8": 0, "4": 1, "2": 1, "1": 1}
-    assert count["1"]["kl"][2] < s["bits"]["rounding, 3"]["kl"][1] and count["8"]["kl"][2] < count["1"]["kl"][1]
-    assert {t: change(row) for t, row in text.items()} == {"instructions": 0, "recipes": 1, "long": 1, "short": 0, "random": 1}
+    assert {n: change(row) for n, row in count.items()} == {"109": 0, "64": 0, "32": 0, "16": 0, "8": 1, "4": 1, "2": 1, "1": 1}
+    one, rounding = (values("sweep_gptq")[v] for v in ("calibration windows of 256: 1", "bits: rounding, 3"))
+    assert paired(one, rounding, "answer_kl").high < 0 and paired(one, rounding, "answer_nll").high < 0
+    assert count["8"]["kl"][2] < count["1"]["kl"][1]
+    assert {t: change(row) for t, row in text.items()} == {"instructions": 0, "recipes": 1, "long": 1, "short": 1, "random": 1}
+    assert {t: change_in_loss(row) for t, row in text.items()} == {
+        "instructions": 0, "recipes": 1, "long": 1, "short": 0, "random": 1}
     assert text["recipes"]["kl"][1] > text["random"]["kl"][2]
     assert max(text, key=lambda t: kl(text[t])) == "recipes"
 
@@ -70,7 +75,7 @@ def test_share_of_roundings_loss_won_back(bits, share):
     assert rounding["delta_nll"][1] > 0  # told from zero
     assert all(row["won_back"][0] >= share and row["won_back"][1] > 0.5 for row in others.values())
     lower = {value for value, row in others.items() if change_in_loss(row) < 0}
-    assert lower == {3: {"searched scales"}, 4: {"searched scales, desc_act, damping 0.1"}}[bits]
+    assert lower == {3: set(), 4: {"searched scales, desc_act, damping 0.1"}}[bits]
     assert {value for value, row in others.items() if change(row) < 0} == {
         3: {"searched scales", "AWQ before, searched scales"}, 4: set()}[bits]
     assert kl(others["AWQ before, searched scales"]) > kl(others["searched scales"])
@@ -86,7 +91,7 @@ def test_awq():
         assert change(model["AWQ, clipping only"]) == change(model["rounding, 4 channels in 16 bits"]) == -1
         both = kl(model["AWQ, scales and clipping"])
         assert both < min(kl(model[v]) for v in ("AWQ, clipping only", "AWQ, scales only", "rounding, 4 channels in 16 bits"))
-        assert 0.4 < kl(model["GPTQ"]) / both < 0.6
+        assert 0.42 < kl(model["GPTQ"]) / both < (0.5 if model is plain else 0.65)
     mixed = "rounding, 4 channels in 16 bits"
     assert loud["AWQ, scales and clipping"]["kl"][2] < loud[mixed]["kl"][1]  # and not so without outliers
     assert plain["AWQ, scales and clipping"]["kl"][2] > plain[mixed]["kl"][1]
@@ -95,8 +100,14 @@ def test_awq():
     assert changes(s["model, GPTQ"]) == [0] and changes(s["with outlier channels, GPTQ"]) == [-1]
     assert {t: change(row) for t, row in s["calibration text"].items()} == {
         "instructions": 0, "recipes": 0, "long": 0, "short": -1, "random": 1}
-    assert {t for t, row in s["calibration text"].items() if change_in_loss(row)} == {"long", "random"}
+    assert {t for t, row in s["calibration text"].items() if change_in_loss(row)} == {"random"}
     assert {g: change(row) for g, row in s["group size"].items()} == {"128": 0, "64": -1, "32": -1, "-1": 0}
     whom = s["4 bits, by whom"]
     assert change(whom["autoawq"]) == 1 and change(whom["gptqmodel"]) == 0
     assert all(row["nll_against_first"][1] <= 0 <= row["nll_against_first"][2] for row in whom.values())
+
+
+def test_a_comparison_that_no_panel_has():
+    gptq, awq = values("sweep_gptq")["scales: fitted to the range"], values("sweep_awq")["group size: 32"]
+    for what in ("answer_kl", "answer_nll"):
+        assert paired(gptq, awq, what).verdict() == "no difference detectable"

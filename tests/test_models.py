@@ -8,41 +8,65 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from helpers.measure import tasks
 from helpers.measure.quality import generate, score
-from helpers.models import texts
-from helpers.models.layers import UnknownArchitecture, add_outliers, linears
-from helpers.models.loading import BUNDLED, ModelUnavailable, load, resolve
-from helpers.models.quantize import rtn
-from helpers.models.texts import BadData, Example, applicable, calibration, encode, encode_text, examples, text, windows
+from helpers.measure.tasks import Example, applicable, encode, encode_all, encode_text, examples, text
+from helpers.methods.rtn import Rtn
+from helpers.models.layers import Fold, UnknownStructure, common_group, left_alone, linears
+from helpers.models.outliers import add_outliers
+from helpers.models.quantize import quantize_model, quantized
+from helpers.models.source import BUNDLED, ModelUnavailable, Source, load, resolve
+from helpers.models.texts import BadData, calibration, context_of, random_tokens, read_text, windows
+from helpers.models.walk import first_step
 from helpers.toolkits.process import ORIGINALS
 
 
 def test_linears_are_the_blocks_and_nothing_else(tiny):
     names = [n for n, _ in linears(tiny)]
-    assert len(names) == 14 and names[:4] == [f"model.layers.0.self_attn.{n}_proj" for n in "kvqo"]
+    assert len(names) == 14 and names[:4] == [f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
     opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
                                    word_embed_proj_dim=32, max_position_embeddings=32))
     assert {n.rsplit(".", 1)[1] for n, _ in linears(opt)} == {"k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"}
 
 
-def test_unknown_architecture_is_named(tiny):
-    model = LlamaForCausalLM(tiny.config)
-    model.config.model_type = "mystery"
-    with pytest.raises(UnknownArchitecture, match="'mystery'.*layers.py"):
-        list(linears(model))
-    model.config.model_type = "llama"
+def test_unknown_structure_says_what_was_looked_for(tiny):
+    model = copy.deepcopy(tiny)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UnknownStructure, match="LlamaForCausalLM: looked for a ModuleList of 7 blocks"):
+        linears(model)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
+    with pytest.raises(UnknownStructure, match="transformer.h is 2 x GPT2Block without a single nn.Linear"):
+        linears(gpt2)
+
+
+def test_layout_of_a_block(tiny, bundled):
+    qkv, mlp = tuple(f"self_attn.{n}_proj" for n in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
+    for model in (tiny, bundled.model):
+        layout = first_step(model, [range(8)]).layout
+        assert layout.groups == (qkv, ("self_attn.o_proj",), mlp, ("mlp.down_proj",))
+        # queries share values, so what makes the inputs of o_proj has fewer outputs than these are
+        assert layout.folds == (Fold("input_layernorm", qkv), Fold("post_attention_layernorm", mlp),
+                                Fold("mlp.up_proj", ("mlp.down_proj",)))
+        assert left_alone(model) == []
+    assert common_group(tiny) == 64 and common_group(bundled.model) == 128
 
 
 def test_rtn_leaves_the_original_and_lists_what_no_group_fits(tiny):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
-    rounded, skipped = rtn(tiny, 4, 128)
-    assert skipped == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # 192 inputs
+    rounded, method = copy.deepcopy(tiny), Rtn(4, 128, sym=False)
+    outcome = quantize_model(rounded, method)
+    assert outcome.left == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]  # 192 inputs
+    assert all("group_size 128 does not divide 192" in outcome.notes[n]["left"] for n in outcome.left)
+    again = quantized(tiny, method)
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in before.items())
-    changed = {n for n, m in linears(rounded) if not torch.equal(m.weight, tiny.get_submodule(n).weight)}
-    assert changed == {n for n, _ in linears(tiny)} - set(skipped)
-    assert torch.equal(rounded.lm_head.weight, tiny.lm_head.weight)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in rounded.state_dict().items())
+    # what is not quantized is rounded to fp16, as in a file
+    changed = {n for n, v in rounded.state_dict().items() if not torch.equal(v, before[n].half().float())}
+    changed = {n.removesuffix(".weight") for n in changed}
+    assert changed == {n for n, _ in linears(tiny)} - set(outcome.left)
+    assert "lm_head" not in changed and rounded.lm_head.weight is rounded.model.embed_tokens.weight
 
 
 def test_outliers_change_no_bit_of_the_output(tiny):
@@ -52,7 +76,7 @@ def test_outliers_change_no_bit_of_the_output(tiny):
     norm = loud.model.layers[0].input_layernorm.weight
     assert (norm == 32).sum() == 3
     # ... but rounding to nearest now does more harm
-    harm = [(rtn(m, 4, 64)[0](ids).logits - tiny(ids).logits).square().mean() for m in (tiny, loud)]
+    harm = [(quantized(m, Rtn(4, 64, sym=False))(ids).logits - tiny(ids).logits).square().mean() for m in (tiny, loud)]
     assert harm[1] > 1.05 * harm[0]
 
 
@@ -87,6 +111,23 @@ def test_tied_and_16_bit_models_load(tiny, tmp_path):
         shutil.copy(BUNDLED / name, tmp_path)
     model, _ = load(str(tmp_path))
     assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_source_holds_one_block_at_a_time(bundled):
+    source = Source.from_folder(BUNDLED)
+    assert {p.device.type for p in source.model.parameters()} == {"meta"}
+    whole = dict(bundled.model.named_parameters())
+    for name, block in source:
+        assert {n.rsplit(".", 1)[0] for n, p in source.model.named_parameters() if p.device.type != "meta"} == {
+            f"{name}.{n.rsplit('.', 1)[0]}" for n, _ in block.named_parameters()}
+        assert all(torch.equal(p, whole[f"{name}.{n}"]) for n, p in block.named_parameters())
+    assert {p.device.type for p in source.model.parameters()} == {"meta"}
+
+
+def test_a_weight_that_is_not_in_the_files_is_named():
+    with pytest.raises(ModelUnavailable, match="does not hold.*no.such.weight"), Source.from_folder(BUNDLED).present(
+            ["no.such.weight"]):
+        pass
 
 
 def test_encode_marks_the_answer(bundled):
@@ -125,6 +166,33 @@ def test_text_is_scored_once_and_wholly(bundled):
     assert sum(len(i.ids) - 1 for i in items) >= total - len(items)
 
 
+def test_ids_are_of_what_is_said():
+    """They stay when the order of a file changes, and no two texts of a split share one."""
+    asked = [*examples("tune"), *examples("judge")]
+    assert len({e.id for e in asked}) == len(asked)
+    assert Example("facts", "Who?", "Ada").id == Example("facts", "Who?", "Ada").id == "facts-8489530d22"
+    assert len({Example("facts", *parts).id for parts in (("Who?", "Ada"), ("Who?A", "da"), ("Who?", "Adam"))}) == 3
+
+
+def test_questions_that_fit(bundled, tiny, capsys):
+    """What a context does not hold is left out, and said."""
+    items = encode_text(bundled.tokenizer, text("essay"), length=64)
+    assert len({i.id for i in items}) == len(items)
+    asked = examples("tune", ["facts", "recall_far"], limit=4)
+    kept = encode_all(bundled.tokenizer, asked, tiny.config)  # a context of 256
+    assert {i.task for i in kept} == {"facts"}
+    assert "4 of 8 questions are longer than the context of 256" in capsys.readouterr().out
+    with pytest.raises(BadData, match="none of 4 questions fits a context of 256 tokens"):
+        encode_all(bundled.tokenizer, asked[4:], tiny.config)
+
+
+def test_context_is_the_smaller_limit(tiny):
+    class Boundless:
+        model_max_length = int(1e30)
+
+    assert context_of(Boundless()) == 2**31 and context_of(Boundless(), tiny.config) == 256
+
+
 @pytest.mark.parametrize("name", ["instructions", "recipes", "short", "long"])
 def test_calibration_sets(bundled, name):
     sequences = calibration(bundled.tokenizer, name)
@@ -139,8 +207,28 @@ def test_windows():
         windows([(1, 2)], 3, 5)
 
 
+def test_random_tokens_are_the_same_again(bundled):
+    drawn = random_tokens(bundled.tokenizer, 16, 3)
+    assert [len(d) for d in drawn] == [16] * 3 and drawn == random_tokens(bundled.tokenizer, 16, 3)
+    assert drawn != random_tokens(bundled.tokenizer, 16, 3, seed=1)
+    assert all(5 <= t < len(bundled.tokenizer) for d in drawn for t in d)
+
+
+def test_own_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_text(tmp_path / "a.txt") == ["one\ntwo", "three"] and read_text(tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    for name, said in (("bad.jsonl", r"bad.jsonl:2: expected"), ("empty.txt", "is empty"), ("latin.txt", "not UTF-8"),
+                       ("none.txt", "cannot be read: No such file")):
+        with pytest.raises(BadData, match=said):
+            read_text(tmp_path / name)
+
+
 def test_bad_data_names_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "DATA", tmp_path)
+    monkeypatch.setattr(tasks, "DATA", tmp_path)
     (tmp_path / "eval").mkdir()
     with pytest.raises(BadData, match=r"judge.jsonl is missing; `make sets`"):
         examples()

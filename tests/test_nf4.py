@@ -59,6 +59,14 @@ def test_pairs_come_back():
     assert torch.equal(unpack_pairs(pack_pairs(codes), 101), codes)
 
 
+def test_stored_codes_have_double_quantized_scales():
+    q = quantize_nf4(torch.randn(64, 100))
+    stored = q.stored()
+    assert torch.equal(stored.packed, q.packed) and torch.equal(stored.absmax, dequantize_absmax(quantize_absmax(q.absmax)))
+    assert not torch.equal(stored.absmax, q.absmax)
+    assert torch.equal(stored.stored().dequantize(), stored.dequantize())
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="multiple of 8"):
         quantize_nf4(torch.ones(4), 20)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.measure.quality import generate, is_correct, parses, score
-from helpers.models.quantize import rtn
-from helpers.models.texts import Example, Item, encode, examples
+from helpers.measure import quality
+from helpers.measure.quality import Judge, Scores, compare, generate, is_correct, parses, score
+from helpers.measure.tasks import Example, Item, encode, examples, render
+from helpers.methods.rtn import Rtn
+from helpers.models.quantize import quantized
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def items():
 
 def test_score_is_the_definition(tiny, items):
     """Each text alone, one token at a time, with the formulas written out."""
-    other = rtn(tiny, 3, 64)[0]
+    other = quantized(tiny, Rtn(3, 64, sym=False))
     scores = score(other, items, tiny, batch_tokens=80)
     for n, item in enumerate(items):
         ids = torch.tensor([item.ids])
@@ -43,10 +45,53 @@ def test_refuses_nothing_other_texts_and_damage(tiny, items):
         score(tiny, [])
     with pytest.raises(ValueError, match="same texts"):
         score(tiny, items[:2]).all.delta_nll(score(tiny, items[1:3]).all)
-    broken = rtn(tiny, 4, 64)[0]
+    broken = quantized(tiny, Rtn(4, 64, sym=False))
     broken.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         score(broken, items)
+    with pytest.raises(ValueError, match="same id twice"):
+        score(tiny, [Item((5, 6, 7), 1, id="a"), Item((5, 6, 8), 1, id="a")])
+
+
+def equal(one, other):
+    return all(np.allclose(a, other.arrays()[k], rtol=1e-4, atol=1e-5) if a.dtype.kind == "f" else
+               np.array_equal(a, other.arrays()[k]) for k, a in one.arrays().items())
+
+
+@pytest.mark.parametrize("limit", ["PIECE", "REMEMBERED"])
+def test_memory_is_bounded_and_changes_nothing(tiny, items, limit, monkeypatch):
+    """Logits some positions at a time, and a reference that is run again for each model: the same scores."""
+    other = quantized(tiny, Rtn(3, 64, sym=False))
+    whole = score(other, items, tiny)
+    monkeypatch.setattr(quality, limit, 5 * 1280)
+    judge = Judge(items, tiny)
+    assert equal(judge.score(other), whole) and bool(judge.remembered) is (limit == "PIECE")
+    forward = type(tiny.model).forward
+    assert tiny.model.forward.__func__ is forward and other.model.forward.__func__ is forward
+
+
+def test_a_judge_runs_the_reference_once(tiny, items):
+    calls = []
+    handle = tiny.register_forward_hook(lambda *_: calls.append(1))
+    models = {f"{b} bits": quantized(tiny, Rtn(b, 64)) for b in (3, 4)}
+    for m in models.values():
+        m._forward_hooks.clear()
+    judge = Judge(items, tiny)
+    alone = {name: judge.score(m) for name, m in models.items()}
+    assert len(calls) == len(judge.batches)
+    handle.remove()
+    together = compare(models | {"itself": tiny}, items, tiny)
+    assert all(equal(together[name], alone[name]) for name in models) and not together["itself"].all.kl.any()
+
+
+def test_scores_come_back_from_arrays(bundled):
+    asked = examples("tune", ["facts", "json"], limit=3)
+    scores = score(bundled.model, [encode(bundled.tokenizer, e) for e in asked])
+    again = Scores.of(scores.arrays())
+    assert scores.ids.tolist() == [e.id for e in asked]
+    assert all(np.array_equal(a, again.arrays()[k]) for k, a in scores.arrays().items())
+    chosen = again.select("json")
+    assert chosen.ids.tolist() == [e.id for e in asked[3:]] and np.array_equal(chosen.answer.nll, scores.answer.nll[3:])
 
 
 def test_exact_agrees_with_greedy_decoding(bundled):
@@ -73,3 +118,19 @@ def test_is_correct(task, answer, said, right):
 
 def test_parses():
     assert parses("[1]") and not parses("{'a': 1}")
+
+
+def test_a_models_own_penalty_does_not_apply(bundled):
+    """Some models' generation_config brings one (Qwen2.5), and `do_sample=False` alone leaves it on."""
+    asked = examples("tune", ["json"], limit=4)
+    before, own = generate(bundled.model, bundled.tokenizer, asked), bundled.model.generation_config.repetition_penalty
+    bundled.model.generation_config.repetition_penalty = 8.0
+    try:
+        assert generate(bundled.model, bundled.tokenizer, asked) == before
+        with torch.inference_mode():
+            prompt = render(bundled.tokenizer, asked[0])[0]
+            ids = bundled.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+            out = bundled.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
+        assert bundled.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip() != before[0]
+    finally:
+        bundled.model.generation_config.repetition_penalty = own

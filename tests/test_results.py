@@ -4,6 +4,7 @@ import os
 import pytest
 
 from helpers import results
+from helpers.files import code_hash, folder_hash, write_atomically
 from helpers.results import BadRecord, Record
 
 
@@ -30,6 +31,26 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_hash_is_of_names_and_weights(tmp_path):
+    for name, content in (("a.safetensors", b"1"), ("config.json", b"2")):
+        write_atomically(tmp_path / name, content)
+    before = folder_hash(tmp_path)
+    write_atomically(tmp_path / "config.json", "3")
+    assert folder_hash(tmp_path) == before
+    write_atomically(tmp_path / "a.safetensors", b"4")
+    assert folder_hash(tmp_path) != before
+
+
+def test_the_hash_of_code_is_of_what_it_does(tmp_path):
+    code = tmp_path / "a.py"
+    code.write_text("def f(x):\n    return x + 1\n")
+    before = code_hash(tmp_path)
+    code.write_text('"""About."""\n\ndef f(x):  # one more\n    """Adds."""\n    return (x + 1)\n')
+    assert code_hash(tmp_path) == before
+    code.write_text("def f(x):\n    return x + 2\n")
+    assert code_hash(tmp_path) != before
+
+
 def test_names_what_is_missing_or_broken(tmp_path):
     with pytest.raises(BadRecord, match="nothing.json is missing"):
         results.read("nothing", tmp_path)
@@ -48,4 +69,4 @@ def test_read_all(tmp_path):
 def test_committed_records_are_of_the_committed_model():
     records = results.read_all("")
     assert len(records) >= 5
-    assert {r.model_sha256 for r in records} == {results.folder_hash(results.RESULTS.parent / "model")}
+    assert {r.model_sha256 for r in records} == {folder_hash(results.RESULTS.parent / "model")}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from helpers.measure.stats import mcnemar, ratio_interval, share_interval
+from helpers.measure.stats import mcnemar, paired, ratio_interval, share_interval
 
 
 def test_ratio_interval_covers_as_often_as_it_says():
@@ -54,3 +54,31 @@ def test_mcnemar_counts_both_ways():
     assert (flips.lost, flips.won) == (3, 1)
     assert flips.p_value == pytest.approx(2 * (4 + 1) / 16)  # P(at least 3 of 4) on either side
     assert mcnemar([1, 0], [1, 0]).p_value == 1.0
+
+
+def result(ids, nll, tokens):
+    return {"id": np.array(ids), "nll": np.array(nll, dtype=float), "tokens": np.array(tokens)}
+
+
+def test_results_are_paired_by_id():
+    """In whatever order, over what both have: the interval is that of the differences, text by text."""
+    first = result(["a", "b", "c", "d"], [5, 7, 9, 100], [1, 2, 3, 1])
+    second = result(["c", "x", "a", "b"], [6, 50, 4, 5], [3, 9, 1, 2])
+    assert paired(first, second) == ratio_interval(np.array([1, 2, 3]), np.array([1, 2, 3]))
+    assert paired(first, second).estimate == 1
+
+
+def test_draws_are_paired_with_draws_or_with_the_mean():
+    counts = [1, 2, 3]
+    draws = result(["a", "b", "c"], [[1, 2, 3], [3, 4, 5]], counts)
+    single, shifted = result(["a", "b", "c"], [1, 1, 1], counts), result(["a", "b", "c"], [[0, 1, 2], [2, 3, 4]], counts)
+    assert tuple(paired(draws, shifted)) == tuple(ratio_interval(np.ones((2, 3)), np.array(counts)))
+    assert paired(draws, single).estimate == pytest.approx((1 + 2 + 3) / 6)
+    assert paired(single, draws).estimate == -paired(draws, single).estimate
+
+
+@pytest.mark.parametrize("other", [result(["x", "y"], [1, 1], [1, 1]), result(["a", "x"], [1, 1], [1, 1]),
+                                   result(["a", "b"], [1, 1], [1, 3])])
+def test_what_is_not_about_the_same_is_not_paired(other):
+    with pytest.raises(ValueError, match="texts in common"):
+        paired(result(["a", "b"], [1, 1], [1, 2]), other)

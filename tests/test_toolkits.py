@@ -3,20 +3,25 @@ import resource
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
-from helpers.models.loading import BUNDLED, ModelUnavailable
+from helpers.methods.awq import Awq
+from helpers.methods.nf4 import Nf4
+from helpers.models.checkpoint import quantize_to
+from helpers.models.source import BUNDLED, ModelUnavailable
 from helpers.toolkits import artefacts, process
 from helpers.toolkits.artefacts import ARTEFACTS, COMMITTED, reload, report
 from helpers.toolkits.compare import same_codes
 from helpers.toolkits.process import Job, ToolkitFailed, ToolkitMissing, run
 
 SOURCE = str(BUNDLED)
+NF4 = Job("nf4", SOURCE, calibrated=False)
 
 
 def test_a_dying_process_leaves_nothing_and_says_why(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ToolkitFailed, match="No module named helpers.toolkits.nothing"):
-        run("nothing", Job("nf4", SOURCE), out)
+        run("nothing", NF4, out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -25,7 +30,7 @@ def test_a_failed_rebuild_keeps_the_finished_one(tmp_path):
     out.mkdir()
     (out / "report.json").write_text("{}")
     with pytest.raises(ToolkitFailed, match="did not finish in 0 s"):
-        run("bitsandbytes", Job("nf4", SOURCE), out, timeout=0.01)
+        run("bitsandbytes", NF4, out, timeout=0.01)
     assert (out / "report.json").read_text() == "{}"
 
 
@@ -73,6 +78,19 @@ def test_reload_says_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
     with pytest.raises(ModelUnavailable, match="could not be loaded by transformers"):
         reload(tmp_path)
+    quantize_to(tmp_path / "changed", BUNDLED, Nf4())
+    (tmp_path / "changed" / "config.json").write_text("{}")
+    with pytest.raises(ModelUnavailable, match="config.json is not as it was written"):
+        reload(tmp_path / "changed")
+
+
+def test_every_artefact_has_the_groups_that_fit():
+    """A model with an MLP of 192 columns is quantized in groups of 64, by us and by the toolkit."""
+    config = LlamaConfig.from_pretrained(BUNDLED)
+    assert {artefacts.plan_of(n, config) for n in ARTEFACTS} == {spec.plan for spec in ARTEFACTS.values()}
+    config.intermediate_size = 192
+    assert artefacts.plan_of("gptqmodel-awq", config) == Awq(group_size=64)
+    assert artefacts.plan_of("bitsandbytes-nf4", config) == Nf4()
 
 
 def test_same_codes(tmp_path):
@@ -92,7 +110,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
         with pytest.raises(ToolkitFailed, match="bitsandbytes"):
-            run("bitsandbytes", Job("nf4", SOURCE), tmp_path / "out")
+            run("bitsandbytes", NF4, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []

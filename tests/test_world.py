@@ -11,10 +11,12 @@ import pytest
 
 from data.world import corpus, datasheet, facts, tasks, tokenizer
 from helpers import results
+from helpers.files import folder_hash
 from helpers.measure.quality import score
-from helpers.models.loading import BUNDLED, DATA
-from helpers.models.quantize import rtn
-from helpers.models.texts import WORLD_TASKS, encode, examples
+from helpers.measure.tasks import TASKS, encode, examples
+from helpers.methods.rtn import Rtn
+from helpers.models.quantize import quantized
+from helpers.models.source import BUNDLED, DATA
 
 FACTS = {e.name: e.values for e in facts.ENTITIES}
 
@@ -43,7 +45,7 @@ def test_committed_answers_are_right(split):
     """Each answer is worked out again from the request, by other means than the generator's."""
     names = sorted(FACTS, key=len, reverse=True)
     for e in examples(split):
-        if e.task in WORLD_TASKS:
+        if TASKS[e.task].world:
             name = next(n for n in names if n in e.prompt)
             assert e.answer in FACTS[name].values(), e
         elif e.task in tasks.ARITHMETIC:
@@ -63,7 +65,7 @@ def test_sets_do_not_overlap():
     assert not tune & judge
     assert len(examples("judge")) == len(judge)
     counts = Counter(e.task for e in examples("judge"))
-    assert set(counts) == set(tasks.TASKS) and min(counts.values()) >= 90
+    assert set(counts) == set(tasks.TASKS) == set(TASKS) and min(counts.values()) >= 90
 
 
 def test_judged_arithmetic_is_not_in_training():
@@ -122,7 +124,7 @@ def test_datasheet_shows_its_record():
     page = (DATA / "README.md").read_text(encoding="utf-8")
     record = results.read("datasheet")
     assert datasheet.fill(page, datasheet.tables(record.data)) == page, "run `make datasheet`"
-    assert record.model_sha256 == results.folder_hash(BUNDLED)
+    assert record.model_sha256 == folder_hash(BUNDLED)
 
 
 def test_committed_model_reaches_its_scores(bundled):
@@ -144,6 +146,6 @@ def test_the_lines_that_the_model_had_to_reach():
 def test_rounding_to_three_bits_can_be_told_from_none(bundled):
     items = [encode(bundled.tokenizer, e) for e in examples("judge", limit=30)]
     full = score(bundled.model, items)
-    rounded = score(rtn(bundled.model, 3)[0], items, bundled.model)
+    rounded = score(quantized(bundled.model, Rtn(3, sym=False)), items, bundled.model)
     assert rounded.answer.delta_nll(full.answer).low > 0 and rounded.answer.kl_interval().low > 0
     assert rounded.exact.mean() < full.exact.mean()

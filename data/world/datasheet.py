@@ -13,13 +13,16 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from helpers import plots, results
-from helpers.measure.quality import STRUCTURED, Scores, generate, is_correct, parses, score
+from helpers.files import folder_hash, write_atomically
+from helpers.measure.quality import Scores, generate, is_correct, parses, score
 from helpers.measure.stats import mcnemar, share_interval
-from helpers.models.loading import BUNDLED, DATA, load
-from helpers.models.quantize import rtn
-from helpers.models.texts import encode, encode_text, examples, text
+from helpers.measure.tasks import TASKS, encode, encode_text, examples, text, title
+from helpers.methods.rtn import Rtn
+from helpers.models.quantize import quantized
+from helpers.models.source import BUNDLED, DATA, load
 
 BITS = (4, 3, 2)
+STRUCTURED = [t for t, task in TASKS.items() if task.structured]
 FIGURES = DATA / "figures"
 
 
@@ -39,7 +42,7 @@ def measure() -> dict:
     tasks = list(dict.fromkeys(e.task for e in asked))
     full, right, table = None, {}, {}
     for bits in tqdm((16, *BITS), desc="bits"):
-        variant = model if bits == 16 else rtn(model, bits)[0]
+        variant = model if bits == 16 else quantized(model, Rtn(bits, sym=False))
         scores = score(variant, items, model)
         said = generate(variant, tokenizer, asked)
         full = full or scores
@@ -83,16 +86,16 @@ def tables(data: dict) -> dict[str, str]:
     shown = {}
     for e in examples("tune"):
         shown.setdefault(e.task, e)
-    asked = [[plots.TASK_NAMES[t], textwrap.shorten(e.prompt, 230), f"`{e.answer}`"] for t, e in shown.items()]
-    exact = [[plots.TASK_NAMES[t], str(n), *(_range(data["bits"][b]["exact"][t], 100, ".0f") for b in bits)]
+    asked = [[title(t), textwrap.shorten(e.prompt, 230), f"`{e.answer}`"] for t, e in shown.items()]
+    exact = [[title(t), str(n), *(_range(data["bits"][b]["exact"][t], 100, ".0f") for b in bits)]
              for t, n in data["examples"].items()]
-    lost = [[plots.TASK_NAMES[t], *(f"{f['lost']} / {f['won']} (p {f['p_value']:.2g})"
+    lost = [[title(t), *(f"{f['lost']} / {f['won']} (p {f['p_value']:.2g})"
                                     for f in (data["bits"][b]["flips"][t] for b in bits[1:]))] for t in data["examples"]]
     loss = [[b, where, *(_range(data["bits"][b]["losses"][where][k]) for k in ("delta_nll", "kl"))]
             for b in bits[1:] for where in ("all", "answer")]
     perplexity = [[name, *(f"{data['bits'][b]['perplexity'][name]:.3f}" for b in bits)]
                   for name in data["bits"][bits[0]]["perplexity"]]
-    parse = [[plots.TASK_NAMES[t], *(f"{100 * data['bits'][b]['parses'][t]:.0f}" for b in bits)] for t in STRUCTURED]
+    parse = [[title(t), *(f"{100 * data['bits'][b]['parses'][t]:.0f}" for b in bits)] for t in STRUCTURED]
     widths = [f"{b} bits" for b in bits]
     return {"examples": _table(["task", "request", "right answer"], asked),
             "exact": _table(["task", "questions", *widths], exact),
@@ -118,9 +121,9 @@ if __name__ == "__main__":
     if parser.parse_args().redraw:
         record = results.read("datasheet")
     else:
-        record = results.Record("datasheet", measure(), model_sha256=results.folder_hash(BUNDLED))
+        record = results.Record("datasheet", measure(), model_sha256=folder_hash(BUNDLED))
         results.save(record)
     curve_file = DATA / "results" / "training_curve.jsonl"
     draw(record.data, [json.loads(line) for line in curve_file.read_text().splitlines()])
     page = DATA / "README.md"
-    results.write_atomically(page, fill(page.read_text(encoding="utf-8"), tables(record.data)))
+    write_atomically(page, fill(page.read_text(encoding="utf-8"), tables(record.data)))

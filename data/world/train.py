@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from helpers.models.loading import DATA
-from helpers.results import write_atomically
+from helpers.files import write_atomically
+from helpers.models.source import DATA
 
 from . import corpus, tasks, tokenizer
 

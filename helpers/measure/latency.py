@@ -6,6 +6,8 @@ import time
 import pandas as pd
 import torch
 
+from helpers.measure.quality import greedy
+
 
 @torch.inference_mode()
 def tokens_per_second(model, new_tokens: int = 32, prompt_tokens: int = 16, repeats: int = 5) -> tuple[float, float]:
@@ -16,8 +18,8 @@ def tokens_per_second(model, new_tokens: int = 32, prompt_tokens: int = 16, repe
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
-                             min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+        out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
+                             generation_config=greedy(new_tokens, min_new_tokens=new_tokens, pad_token_id=0))
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         speeds.append((out.shape[1] - prompt_tokens) / (time.perf_counter() - started))

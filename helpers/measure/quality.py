@@ -1,6 +1,6 @@
 """How good is a model: loss, perplexity, KL divergence and agreement with a reference, and exact match of answers.
 
-Everything is kept per text, so that two models are compared text by text (helpers/measure/stats.py).
+Everything is kept per text, under the text's id, so that any two models are compared text by text (helpers/measure/stats.py).
 """
 
 import json
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from helpers.measure.stats import Interval, ratio_interval
-from helpers.models.texts import Example, Item, render
+from helpers.measure.tasks import TASKS, Example, Item, render
 
-STRUCTURED = ("json", "tool", "condense")  # tasks whose answer must parse as JSON
+PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
+REMEMBERED = 1 << 29  # log-probabilities of the reference that are kept for the next model: 2 GB
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Sums:
     def delta_nll(self, before: "Sums") -> Interval:
         """Loss increase over `before` on the same texts, nats/token, with a paired 95 % interval."""
         if not np.array_equal(self.tokens, before.tokens):
-            raise ValueError("the two models were not scored on the same texts")
+            raise ValueError("the two models were not scored on the same texts; `paired` finds those that they share")
         return ratio_interval(self.nll - before.nll, self.tokens)
 
 
@@ -57,6 +58,7 @@ class Scores:
     """What `score` returns: sums over all tokens of each text and over its answer alone, and whether the whole answer
     is the model's own most likely one, token by token (greedy decoding would have said exactly it)."""
 
+    ids: np.ndarray
     tasks: np.ndarray
     all: Sums
     answer: Sums
@@ -65,8 +67,20 @@ class Scores:
     def select(self, task: str) -> "Scores":
         """The scores of one task."""
         keep = self.tasks == task
-        return Scores(self.tasks[keep], *(Sums(s.nll[keep], s.kl[keep], s.agree[keep], s.tokens[keep])
-                                          for s in (self.all, self.answer)), self.exact[keep])
+        return Scores(self.ids[keep], self.tasks[keep], *(Sums(s.nll[keep], s.kl[keep], s.agree[keep], s.tokens[keep])
+                                                          for s in (self.all, self.answer)), self.exact[keep])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays, one value a text: what a cell stores."""
+        return {"id": self.ids, "task": self.tasks, "exact": self.exact} | {
+            f"{part}_{name}": getattr(sums, name) for part, sums in (("all", self.all), ("answer", self.answer))
+            for name in ("nll", "kl", "agree", "tokens")}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "Scores":
+        """The inverse of `arrays`."""
+        parts = [Sums(*(arrays[f"{part}_{name}"] for name in ("nll", "kl", "agree", "tokens"))) for part in ("all", "answer")]
+        return cls(arrays["id"], arrays["task"], *parts, arrays["exact"])
 
 
 def _batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
@@ -81,50 +95,106 @@ def _batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-    """[nll, kl, agree] at each position, [3, batch, length - 1], of logits [batch, length - 1, vocabulary]."""
-    nll = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return torch.stack([nll, kl, (logits.argmax(-1) == reference.argmax(-1)).float()])
+def _compare(log_q: Tensor, log_p: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """([nll, kl, agree] at each position, [3, batch, positions]; whether the target is the likeliest token), of
+    log-probabilities [batch, positions, vocabulary], those of the reference being `log_p`."""
+    nll, likeliest = -log_q.gather(-1, targets[..., None])[..., 0], log_q.argmax(-1)
+    if log_p is None:
+        kl, agree = torch.zeros_like(nll), torch.ones_like(nll)
+    else:
+        kl, agree = (log_p.exp() * (log_p - log_q)).sum(-1), (likeliest == log_p.argmax(-1)).float()
+    return torch.stack([nll, kl, agree]), likeliest == targets
 
 
-@torch.inference_mode()
-def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: nn.Module | None = None,
-            batch_tokens: int = 2048, progress: bool = False) -> dict[str, Scores]:
-    """Score each item by each model, against `reference` if given (else KL is 0 and agreement 1).
+class Judge:
+    """Texts to score models on, and the model that they are compared with; what it says is remembered where it fits.
 
-    The reference runs once for all of them; it may be among the models. Raises ValueError if there is nothing to score or
-    a model puts out something that is not finite.
+    Raises ValueError if there is nothing to score or ids are not unique.
     """
-    if not items:
-        raise ValueError("items: expected at least one text to score, got none")
-    sums = {name: np.zeros((2, 4, len(items))) for name in models}  # (all, answer) x (nll, kl, agree, tokens) x items
-    exact = {name: np.zeros(len(items), dtype=bool) for name in models}
-    for batch in tqdm(list(_batches(items, batch_tokens)), disable=not progress, desc="score", leave=False):
-        rows = [torch.tensor(items[i].ids) for i in batch]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: causal attention never looks there
-        position = torch.arange(1, ids.shape[1])  # of the predicted token
-        everything = position < torch.tensor([len(r) for r in rows])[:, None]
-        answer = everything & (position >= torch.tensor([items[i].start for i in batch])[:, None])
-        against = None if reference is None else _logits(reference, ids)
-        for name, model in models.items():
-            logits = against if model is reference else _logits(model, ids)
-            targets = ids[:, 1:].to(logits.device)
-            values = _compare(logits, logits if against is None else against, targets).cpu()
-            if not torch.isfinite(values).all():
+
+    def __init__(self, items: Sequence[Item], reference: nn.Module | None = None, batch_tokens: int = 2048):
+        if not items:
+            raise ValueError("items: expected at least one text to score, got none")
+        named = [i.id for i in items if i.id]
+        if len(set(named)) < len(named):
+            raise ValueError("items: the same id twice, so that results could not be paired by it")
+        self.items, self.reference, self.batches = items, reference, list(_batches(items, batch_tokens))
+        self.remembered: dict[int, list[Tensor]] = {}
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, progress: bool = False) -> Scores:
+        """Every text by this model. Without a reference KL is 0 and agreement 1. Raises ValueError if the model puts out
+        something that is not finite."""
+        sums = np.zeros((2, 4, len(self.items)))  # (all, answer) x (nll, kl, agree, tokens) x items
+        exact = np.zeros(len(self.items), dtype=bool)
+        for n, batch in enumerate(tqdm(self.batches, disable=not progress, desc="score", leave=False)):
+            rows = [torch.tensor(self.items[i].ids) for i in batch]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: causal attention never looks there
+            position = torch.arange(1, ids.shape[1])  # of the predicted token
+            everything = position < torch.tensor([len(r) for r in rows])[:, None]
+            answer = everything & (position >= torch.tensor([self.items[i].start for i in batch])[:, None])
+            parts = list(self._values(model, n, ids))
+            values, right = (torch.cat(p, -1).cpu() for p in zip(*parts, strict=True))
+            if not torch.isfinite(values[0][everything]).all():
                 raise ValueError("the model's logits are not finite: its weights are damaged or overflow in this dtype")
-            for n, mask in enumerate((everything, answer)):
-                sums[name][n, :3, batch] = (values * mask).sum(2).T.numpy()
-                sums[name][n, 3, batch] = mask.sum(1).numpy()
-            exact[name][batch] = ((logits.argmax(-1) == targets).cpu() | ~answer).all(1).numpy()
-    tasks = np.array([i.task for i in items])
-    return {name: Scores(tasks, Sums(*sums[name][0]), Sums(*sums[name][1]), exact[name]) for name in models}
+            for k, mask in enumerate((everything, answer)):
+                sums[k, :3, batch] = torch.where(mask, values, 0).sum(2).T.numpy()
+                sums[k, 3, batch] = mask.sum(1).numpy()
+            exact[batch] = (right | ~answer).all(1).numpy()
+        ids, tasks = (np.array([getattr(i, what) for i in self.items]) for what in ("id", "task"))
+        return Scores(ids, tasks, Sums(*sums[0]), Sums(*sums[1]), exact)
+
+    def _values(self, model: nn.Module, n: int, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """([nll, kl, agree], whether the target is the likeliest token) of batch n, some positions at a time."""
+        start, against = 0, self._reference(n, ids)
+        for log_q in log_probabilities(model, ids):
+            targets = ids[:, 1 + start:1 + start + log_q.shape[1]].to(log_q.device)
+            start += log_q.shape[1]
+            yield _compare(log_q, None if against is None else next(against).to(log_q.device), targets)
+
+    def _reference(self, n: int, ids: Tensor) -> Iterator[Tensor] | None:
+        if self.reference is None:
+            return None
+        size = sum(len(b) * max(len(self.items[i].ids) for i in b) for b in self.batches) * vocabulary(self.reference)
+        if size > REMEMBERED:
+            return log_probabilities(self.reference, ids)
+        if n not in self.remembered:
+            self.remembered[n] = list(log_probabilities(self.reference, ids))
+        return iter(self.remembered[n])
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits for the tokens after the first, fp32 [batch, length - 1, vocabulary]."""
-    return model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
+def vocabulary(model: nn.Module) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def log_probabilities(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """Those of the tokens after the first, fp32 [batch, positions, vocabulary], at most `PIECE` of them at a time.
+
+    The body of the model runs once; its head is asked for some positions after another.
+    """
+    ids = ids.to(model.device)
+    a_position = len(ids) * vocabulary(model)
+    if a_position * ids.shape[1] <= PIECE:
+        yield model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        return
+    body = model.base_model
+    states, own = body(input_ids=ids, use_cache=False), body.__dict__.get("forward")
+    for part in torch.arange(ids.shape[1] - 1, device=ids.device).split(max(1, PIECE // a_position)):
+        body.forward = lambda *_, **__: states
+        try:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=part).logits.float()
+        finally:
+            del body.forward
+            if own is not None:
+                body.forward = own
+        yield logits.log_softmax(-1)
+
+
+def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: nn.Module | None = None,
+            progress: bool = False, **options) -> dict[str, Scores]:
+    """Score each item by each model, against `reference` if given; it may be among the models. Raises as `Judge`."""
+    judge = Judge(items, reference, **options)
+    return {name: judge.score(model, progress) for name, model in models.items()}
 
 
 def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, **options) -> Scores:
@@ -139,17 +209,23 @@ def generate(model: nn.Module, tokenizer, asked: Sequence[Example], shots: Seque
     answers: dict[int, str] = {}
     prompts = [tokenizer.encode(render(tokenizer, e, shots)[0], add_special_tokens=False) for e in asked]
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)  # masked, so any will do
     for at in tqdm(range(0, len(order), batch_size), disable=not progress, desc="generate", leave=False):
         batch = order[at:at + batch_size]
         rows = [torch.tensor(prompts[i]) for i in batch]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
-        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                             max_new_tokens=max_new_tokens, pad_token_id=pad)
+        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                             generation_config=greedy(max_new_tokens, pad_token_id=pad))
         said = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
         answers |= dict(zip(batch, (s.strip() for s in said), strict=True))
     return [answers[i] for i in range(len(asked))]
+
+
+def greedy(new_tokens: int, **others) -> GenerationConfig:
+    """The likeliest token, and nothing else: some models' own settings bring a penalty that would apply even so."""
+    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, temperature=1.0, top_k=50, top_p=1.0,
+                            repetition_penalty=1.0, no_repeat_ngram_size=0, **others)
 
 
 def parses(said: str) -> bool:
@@ -163,6 +239,6 @@ def parses(said: str) -> bool:
 
 def is_correct(example: Example, said: str) -> bool:
     """Exact match: for structured tasks the same JSON value, else the same words (case and a final stop aside)."""
-    if example.task in STRUCTURED:
+    if TASKS[example.task].structured:
         return parses(said) and json.loads(said) == json.loads(example.answer)
     return said.strip().rstrip(".").casefold() == example.answer.casefold()

@@ -1,5 +1,6 @@
 """Intervals and tests for paired measurements: the same texts through two models."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ class Interval(NamedTuple):
 
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+    def verdict(self) -> str:
+        """What a difference says if more is worse, as a loss is."""
+        return "measurably worse" if self.low > 0 else "measurably better" if self.high < 0 else "no difference detectable"
 
     def __str__(self) -> str:
         return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -46,6 +51,22 @@ def share_interval(right: int, total: int, confidence: float = 0.95) -> Interval
     """Wilson interval of a share of correct answers, `right` of `total`."""
     ci = stats.binomtest(int(right), int(total)).proportion_ci(confidence, method="wilson")
     return Interval(right / total, ci.low, ci.high)
+
+
+def paired(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], what: str = "nll", tokens: str = "tokens",
+           **options) -> Interval:
+    """Interval of the difference of two results, first less second, over the texts that both have, by their ids.
+
+    A result has arrays `id` and `tokens` [texts] and `what` [texts] or [draws, texts]. Raises ValueError if they share fewer
+    than 2 texts, or one has another number of tokens in each: then the two are not about the same thing.
+    """
+    shared, a, b = np.intersect1d(first["id"], second["id"], return_indices=True)
+    if len(shared) < 2 or not np.array_equal(first[tokens][a], second[tokens][b]):
+        raise ValueError(f"{len(shared)} texts in common, with the same tokens in each: expected at least 2, and the same")
+    x, y = np.atleast_2d(first[what])[:, a], np.atleast_2d(second[what])[:, b]
+    if len(x) != len(y):  # draws that have no counterpart: against the other's mean
+        x, y = (z if len(z) == max(len(x), len(y)) else z.mean(0, keepdims=True) for z in (x, y))
+    return ratio_interval(x - y, first[tokens][a], **options)
 
 
 class Flips(NamedTuple):

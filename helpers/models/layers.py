@@ -1,79 +1,163 @@
-"""The linears of a model: which ones are quantized, in which order, what scales fold into; by a table of architectures."""
+"""The linears of a model, found by looking: which share an input, and what a scale of that input can be folded into.
 
-from collections.abc import Iterator
+No table of architectures: a block is run once, and a fold is whatever leaves its output as it was.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+UNDONE = 1e-3  # a fold leaves less than this share of what scaling the linears alone does to the output
+
+
+class UnknownStructure(ValueError):
+    """A model without what the book looks for: blocks in a row, with linears in them."""
 
 
 class Fold(NamedTuple):
-    """Linears that read one input and can share a scale for its channels, and what the scale is folded into."""
+    """Linears that read one input, and the module before whose output the inverse of their scale is folded into."""
 
     before: str  # a norm, or a linear whose outputs become this input
     linears: tuple[str, ...]
-    watched: str  # the module whose output autoawq's search looks at
+    plus_one: bool = False  # a norm that multiplies by 1 + weight, as Gemma's does
 
 
-class Architecture(NamedTuple):
-    """Where the blocks are; groups of linears that share an input, in the order of the forward pass; scales to fold."""
+class Layout(NamedTuple):
+    """Groups of linears of a block that share an input, in the order of the forward pass, and the folds."""
 
-    blocks: str
     groups: tuple[tuple[str, ...], ...]
     folds: tuple[Fold, ...]
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LLAMA = Architecture(
-    "model.layers",
-    (("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"), ("self_attn.o_proj",), ("mlp.up_proj", "mlp.gate_proj"),
-     ("mlp.down_proj",)),
-    (Fold("input_layernorm", _QKV, "self_attn"), Fold("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
-     Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-     Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")))
-_OPT = Architecture(
-    "model.decoder.layers",
-    (("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    (Fold("self_attn_layer_norm", _QKV, "self_attn"), Fold("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
-     Fold("final_layer_norm", ("fc1",), "fc1"), Fold("fc1", ("fc2",), "fc2")))
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's blocks: of the lists with one module a hidden layer, the largest.
 
-ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
-
-
-class UnknownArchitecture(ValueError):
-    """A model type that is not in the table."""
-
-
-def architecture(model: nn.Module) -> Architecture:
-    """The table's entry for a model; raises UnknownArchitecture."""
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise UnknownArchitecture(f"model type {kind!r} is not one of {sorted(ARCHITECTURES)}; add its module names to "
-                                  "helpers/models/layers.py")
-    return ARCHITECTURES[kind]
+    Raises UnknownStructure naming what was looked for, if there is none or no linear is in it.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise UnknownStructure(f"{type(model).__name__}: looked for a ModuleList of {count} blocks (num_hidden_layers), "
+                               "found none")
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    if not any(isinstance(m, nn.Linear) for m in blocks.modules()):
+        raise UnknownStructure(f"{type(model).__name__}: {name} is {count} x {type(blocks[0]).__name__} without a single "
+                               "nn.Linear, and nothing else is quantized here (no convolutions as in GPT-2)")
+    return name, blocks
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name, module) of each linear inside the blocks; the embeddings and the output head are not among them."""
-    path, groups, _ = architecture(model)
-    for i in range(len(model.get_submodule(path))):
-        for name in (name for group in groups for name in group):
-            yield f"{path}.{i}.{name}", model.get_submodule(f"{path}.{i}.{name}")
+    path, blocks = blocks_of(model)
+    return ((f"{path}.{n}", m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear))
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """Names of the matrices inside the blocks that are in no linear, such as fused experts: they stay in 16 bits."""
+    path, blocks = blocks_of(model)
+    inside = {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
+    return [f"{path}.{n}" for n, p in blocks.named_parameters() if p.ndim > 1 and id(p) not in inside]
+
+
+def common_group(model: nn.Module, sizes: Iterable[int] = (128, 64, 32)) -> int:
+    """The largest of these group sizes that divides the inputs of every linear; the smallest if none does."""
+    widths = {m.in_features for _, m in linears(model)}
+    return next((g for g in sizes if all(w % g == 0 for w in widths)), min(sizes))
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable]], after: bool = False):
+    """Each function sees (args, kwargs) of its module, or with `after` (args, output), while the context lasts."""
+    with ExitStack() as stack:
+        for module, see in hooks:
+            handle = (module.register_forward_hook(lambda _, args, out, see=see: see(args, out)) if after else
+                      module.register_forward_pre_hook(lambda _, args, kwargs, see=see: see(args, kwargs), with_kwargs=True))
+            stack.callback(handle.remove)
+        yield
 
 
 @torch.no_grad()
-def add_outliers(model: nn.Module, channels: int = 4, factor: float = 32.0, seed: int = 0) -> nn.Module:
-    """Give a Llama-like model outlier channels without changing what it computes; changes and returns `model`.
+def look(block: nn.Module, width: int, run: Callable[[nn.Module, Tensor], Tensor]) -> Layout:
+    """Groups and folds of a block, by running it in fp32 on normal inputs [1, 8, width]; `run(block, hidden)` does so.
 
-    In each block, the same few channels leave both norms `factor` times larger, and the columns of the linears that
-    read them are as much smaller. With a power of two no bit of the output changes in fp32.
+    Linears whose input is the same tensor are a group. For each group the candidates are what made that tensor and, where
+    that has no weight, all that came before with as many outputs; the first whose scale undoes the group's is the fold.
     """
-    chosen = torch.randperm(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))[:channels]
-    path = architecture(model).blocks
-    for block in model.get_submodule(path):
-        for norm, readers in ((block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-                              (block.post_attention_layernorm, ("mlp.gate_proj", "mlp.up_proj"))):
-            norm.weight[chosen] *= factor
-            for name in readers:
-                block.get_submodule(name).weight[:, chosen] /= factor
-    return model
+    trial = copy.deepcopy(block).float()
+    generator = torch.Generator().manual_seed(0)
+    device = next(trial.parameters()).device
+    X = torch.randn(1, 8, width, generator=generator).to(device)
+    readers: dict[int, tuple[Tensor, list[str]]] = {}  # by the identity of their input, which is kept alive
+    made: dict[int, str] = {}
+    called: list[str] = []
+    alive: list[Tensor] = []
+
+    def see(name: str, args, out) -> None:
+        if isinstance(trial.get_submodule(name), nn.Linear):
+            readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
+        if isinstance(out, Tensor):
+            made[id(out)] = name
+            called.append(name)
+            alive.append(out)
+
+    leaves = [(n, m) for n, m in trial.named_modules() if not any(m.children())]
+    with hooked([(m, partial(see, n)) for n, m in leaves], after=True):
+        before = run(trial, X)
+    folds = []
+    for x, group in readers.values():
+        n = x.shape[-1]
+        maker = made.get(id(x))
+        first = called.index(group[0])
+        candidates = [maker] if maker and _outputs(trial.get_submodule(maker)) == n else [
+            c for c in reversed(called[:first]) if _outputs(trial.get_submodule(c)) == n]
+        s = (torch.rand(n, generator=generator) + 0.5).to(device)
+        found = (fold for c in dict.fromkeys(candidates) for plus_one in (False, True)
+                 if not (plus_one and isinstance(trial.get_submodule(c), nn.Linear))
+                 if _undoes(trial, fold := Fold(c, tuple(group), plus_one), s, before, lambda: run(trial, X)))
+        if (fold := next(found, None)) is not None:
+            folds.append(fold)
+    return Layout(tuple(tuple(g) for _, g in readers.values()), tuple(folds))
+
+
+def _outputs(module: nn.Module) -> int:
+    """How many channels a weight makes: the rows of a linear's, the length of a norm's; 0 for anything else."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) or (weight is not None and weight.ndim == 1):
+        return len(weight)
+    return 0
+
+
+def _undoes(block: nn.Module, fold: Fold, s: Tensor, before: Tensor, run: Callable[[], Tensor]) -> bool:
+    """Whether folding s leaves the block's output as it was, measured by what scaling the linears alone does to it."""
+    saved = {n: block.get_submodule(n).weight.clone() for n in fold.linears}
+    maker = block.get_submodule(fold.before)
+    made = {k: p.clone() for k, p in maker.named_parameters()}
+    fold_scale(block, fold, s)
+    folded = (run() - before).norm()
+    for k, p in maker.named_parameters():
+        p.copy_(made[k])
+    alone = (run() - before).norm()
+    for n, weight in saved.items():
+        block.get_submodule(n).weight.copy_(weight)
+    return bool(folded < UNDONE * alone)
+
+
+@torch.no_grad()
+def fold_scale(block: nn.Module, fold: Fold, s: Tensor) -> None:
+    """Multiply the input channels of the linears by s and divide what makes these inputs: the output does not change."""
+    before = block.get_submodule(fold.before)
+    if isinstance(before, nn.Linear):
+        before.weight.div_(s[:, None])
+    elif fold.plus_one:
+        before.weight.add_(1).div_(s).sub_(1)
+    else:
+        before.weight.div_(s)
+    if getattr(before, "bias", None) is not None:
+        before.bias.div_(s)
+    for n in fold.linears:
+        block.get_submodule(n).weight.mul_(s)

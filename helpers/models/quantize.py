@@ -1,158 +1,177 @@
-"""A whole model through one method, block by block; the weights end up simulated (W_hat in place of W) and as codes."""
+"""A model through a plan, block by block: codes, and the weights that they stand for in place of the original ones."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from helpers.models.calibration import AutoGptqGram, Gram, Walk
-from helpers.models.layers import architecture, linears
-from helpers.models.scaling import awq_as_autoawq, awq_block
-from helpers.models.scheme import Outcome, Scheme
-from helpers.quantizers.affine import GroupSizeError, Quantized, decibel, fit_qparams, on_grid, output_error, round_to_nearest
-from helpers.quantizers.awq import quantize_awq
-from helpers.quantizers.gptq import gptq, gptq_columns
-from helpers.quantizers.nf4 import NF4, dequantize_absmax, dequantize_nf4, quantize_absmax, quantize_nf4
+from helpers.models.layers import linears
+from helpers.models.method import Format, Gram, Method, Outcome, Plan, PlanError
+from helpers.models.source import Source
+from helpers.models.walk import Step, walk
+from helpers.quantizers.affine import GroupSizeError, ScaleError, decibel, output_error
+from helpers.quantizers.gptq import HessianError
 
 
-def quantize_model(model: nn.Module | Walk, scheme: Scheme, sequences: Sequence[Sequence[int]] = (),
-                   done: Callable[[str, nn.Module, Outcome], None] | None = None, progress: bool = False) -> Outcome:
-    """Quantize the linears inside the blocks, in place: each weight becomes its W_hat, norms take AWQ's scales.
+def quantize_model(model: nn.Module | Source, plan: Plan | Method, sequences: Sequence[Sequence[int]] = (),
+                   done: Callable[[Step, Outcome], None] | None = None, progress: bool = False) -> Outcome:
+    """Quantize the linears inside the blocks, in place: every weight becomes what a file would give back.
 
-    Later blocks, and later groups inside a block (true_sequential), are calibrated on the outputs of those already
-    quantized. `done(name, block, outcome)` is called after each block: with a `Walk.from_folder` its weights go away then.
-    Linears whose width the group does not divide stay as they are, and are listed. Raises ValueError for calibration
-    sequences that are missing or too long and for an override that matches nothing, HessianError if calibration leaves a
-    linear without usable inputs.
+    `done(step, outcome)` is called after each block: of a `Source.from_folder` its weights go away then. Linears that cannot
+    be quantized so (a group size that does not divide their width) stay as they are, and are listed. Raises PlanError for a
+    plan that fits the model nowhere or not together, ValueError for calibration sequences that are missing or too long,
+    HessianError if calibration leaves a linear without usable inputs.
     """
-    walk = model if isinstance(model, Walk) else Walk(model)
-    outcome, (_, groups, folds) = Outcome(), architecture(walk.model)
-    scheme.check_names(name for name, _ in linears(walk.model))
-    kind = AutoGptqGram if scheme.reference else Gram
-    calibrated = scheme.method not in ("rtn", "nf4")
-    if calibrated:
-        # auto-gptq adds up sequence by sequence, autoawq sends all through at once
-        at_once = {"gptq": 1, "awq": 2**62}[scheme.method] if scheme.reference else 4096
-        outcome.tokens = walk.begin(sequences, at_once)
-    count = walk.model.config.num_hidden_layers
-    for n, (name, block) in enumerate(tqdm(walk.blocks(), total=count, disable=not progress, desc="blocks"), 1):
-        if scheme.method.startswith("awq"):
-            if scheme.reference:
-                awq_as_autoawq(walk, block, name, folds, scheme, outcome)
-            else:
-                awq_block(block, name, walk.grams(block, groups), folds, scheme, outcome)
-        if not calibrated or scheme.method == "awq" or not scheme.true_sequential:
-            grams = walk.grams(block, groups) if scheme.method.endswith("gptq") else None
-            quantize_linears(block, name, [n for g in groups for n in g], grams, scheme, outcome)
-        else:
-            for group in groups:
-                quantize_linears(block, name, group, walk.grams(block, [group], kind), scheme, outcome)
-        if calibrated and n < count and not (scheme.reference and scheme.method == "awq"):  # autoawq has done so before
-            walk.advance(block)
+    source, plan = Source.of(model), Plan.of(plan)
+    plan.check_names(name for name, _ in linears(source.model))
+    outcome = Outcome()
+    for step in walk(source, *_inputs(plan, sequences), progress):
+        outcome.tokens = step.stream.tokens
+        if plan.inputs == "model" and step.stream.batches:
+            step.outputs = step.stream.through(step.block)
+        quantize_block(step, plan, outcome)
         if done:
-            done(name, block, outcome)
+            done(step, outcome)
+    if source.folder is None:
+        for name in source.outside:
+            p = source.model.get_parameter(name)
+            p.data.copy_(in_fp16(name, p))
     return outcome
 
 
-def quantize_many(model: nn.Module, schemes: Sequence[Scheme], sequences: Sequence[Sequence[int]]) -> list[Outcome]:
-    """One model by many schemes, from Gram matrices collected once, on the unquantized model, which is left as it is."""
-    walk, (_, groups, folds) = Walk(model), architecture(model)
-    outcomes = [Outcome(tokens=tokens) for tokens in [walk.begin(sequences)] for _ in schemes]
-    for n, (name, block) in enumerate(walk.blocks(), 1):
-        grams = walk.grams(block, groups)
-        for scheme, outcome in zip(schemes, outcomes, strict=True):
-            changed, own = copy.deepcopy(block), dict(grams)
-            if scheme.method.startswith("awq"):
-                awq_block(changed, name, own, folds, scheme, outcome)
-            quantize_linears(changed, name, [n for g in groups for n in g], own, scheme, outcome)
-        if n < model.config.num_hidden_layers:
-            walk.advance(block)
+def quantized(model: nn.Module, plan: Plan | Method, sequences: Sequence[Sequence[int]] = ()) -> nn.Module:
+    """A copy of a model, quantized."""
+    changed = copy.deepcopy(model)
+    quantize_model(changed, plan, sequences)
+    return changed
+
+
+def quantize_many(model: nn.Module | Source, plans: Sequence[Plan], sequences: Sequence[Sequence[int]]) -> list[Outcome]:
+    """The codes of many plans from one calibration, on the unquantized model, which is left as it is.
+
+    Raises PlanError unless all of them have inputs="model", and what `quantize_model` raises.
+    """
+    source, outcomes = Source.of(model), [Outcome() for _ in plans]
+    for plan in plans:
+        plan.check_names(name for name, _ in linears(source.model))
+        if plan.inputs != "model":
+            raise PlanError(f"{plan}: many plans share the inputs of the unquantized model: Plan(..., inputs='model')")
+    needing = [p for p in plans if any(m.keeps for m in p.methods())]
+    arguments = {_inputs(plan, sequences)[1] for plan in needing}
+    if len(arguments) > 1:
+        raise PlanError("these plans batch their calibration differently, and cannot share it")
+    for step in walk(source, sequences if needing else (), *arguments):
+        for plan, outcome in zip(plans, outcomes, strict=True):
+            outcome.tokens = step.stream.tokens
+            quantize_block(replace(step, block=copy.deepcopy(step.block)), plan, outcome)
     return outcomes
 
 
-@torch.no_grad()
-def quantize_linears(block: nn.Module, prefix: str, names: Sequence[str], grams: Mapping[str, Gram] | None, scheme: Scheme,
-                     outcome: Outcome) -> None:
-    """Quantize these linears of a block, given what calibration kept of their inputs; those that share it are stacked."""
-    for settings, same in _alike(prefix, names, grams, scheme, outcome):
-        stacked = torch.cat([block.get_submodule(n).weight for n in same])
-        gram = grams[same[0]] if grams else None
-        try:
-            found, damping = _solve(stacked, gram, settings)
-        except GroupSizeError:
-            outcome.skipped += [f"{prefix}.{n}" for n in same]
-            continue
-        W_hat = _as_in_files(found)
-        rows = [block.get_submodule(n).out_features for n in same]
-        for n, part, before, after in zip(same, _rows(found, rows), stacked.split(rows), W_hat.split(rows), strict=True):
-            outcome.codes[f"{prefix}.{n}"] = part
-            block.get_submodule(n).weight.copy_(after)
-            if damping is not None:
-                outcome.damp_percent[f"{prefix}.{n}"] = damping
-            if gram is not None and settings.method != "awq":  # AWQ has clipped `before` already
-                signal = output_error(before.float(), gram.H)
-                outcome.error_db[f"{prefix}.{n}"] = decibel(output_error(before.float() - after, gram.H), signal)
-
-
-def _alike(prefix: str, names: Sequence[str], grams, scheme: Scheme, outcome: Outcome) -> Iterator[tuple[Scheme, list[str]]]:
-    """Linears that share their input and their settings, together; those to be left alone go on the list."""
-    sets: dict[tuple, tuple[Scheme, list[str]]] = {}
-    for n in names:
-        settings = scheme.at(f"{prefix}.{n}")
-        if settings is None:
-            outcome.skipped.append(f"{prefix}.{n}")
-            continue
-        shared = id(grams[n]) if grams else n
-        key = (n if scheme.reference or settings.method == "nf4" else shared, repr(replace(settings, overrides={})))
-        sets.setdefault(key, (settings, []))[1].append(n)
-    yield from sets.values()
-
-
-def _solve(W: Tensor, gram: Gram | None, s: Scheme) -> tuple[Quantized | NF4, float | None]:
-    """One (stacked) weight by the scheme's method: its codes, and the damping if there was any."""
-    if s.method == "nf4":
-        return quantize_nf4(W), None
-    if s.method.endswith("gptq"):
-        if s.reference:
-            return gptq_columns(W, gram.H, s.bits, s.group_size, s.sym, s.desc_act, s.damp_percent)
-        return gptq(W, gram.H, s.bits, s.group_size, s.sym, s.desc_act, s.damp_percent, s.search)
-    if s.method == "awq":
-        return quantize_awq(W, s.bits, s.group_size), None
-    return on_grid(W, fit_qparams(W, s.bits, s.group_size, s.sym)), None
-
-
-def _as_in_files(found: Quantized | NF4) -> Tensor:
-    """W_hat; that of NF4 with double quantization, which the files have."""
-    if isinstance(found, NF4):
-        return dequantize_nf4(found._replace(absmax=dequantize_absmax(quantize_absmax(found.absmax))))
-    return found.dequantize()
-
-
-def _rows(found: Quantized | NF4, rows: Sequence[int]) -> Iterator[Quantized | NF4]:
-    """The parts of a stacked result."""
-    if isinstance(found, NF4):  # never stacked: its blocks run on from row to row
-        yield found
-        return
-    scale, zero = found.grid.scale.split(rows), found.grid.zero_point.split(rows)
-    for codes, s, z in zip(found.codes.split(rows), scale, zero, strict=True):
-        yield Quantized(codes, replace(found.grid, scale=s, zero_point=z), found.g_idx)
+def _inputs(plan: Plan, sequences: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], int]:
+    """What a walk is given for a plan: the sequences if any of its methods looks at inputs, and how many tokens at once."""
+    at_once = {m.at_once for m in plan.methods() if m.keeps}
+    if len(at_once) > 1:
+        raise PlanError(f"{plan}: its methods batch their calibration differently, and cannot share it")
+    if at_once and not sequences:
+        raise ValueError(f"sequences: {plan} needs calibration: at least one token sequence")
+    return (sequences, at_once.pop()) if at_once else ((), 4096)
 
 
 @torch.no_grad()
-def with_weights(model: nn.Module, transform: Callable[[Tensor], Tensor]) -> tuple[nn.Module, list[str]]:
-    """A copy of `model` whose linears hold transform(W), and the names of those left alone (no group size fits)."""
-    changed, skipped = copy.deepcopy(model), []
-    for name, linear in linears(changed):
+def quantize_block(step: Step, plan: Plan, outcome: Outcome) -> None:
+    """Quantize a block in place: prepare it, solve its linears, and leave the weights that a file would give back.
+
+    Later groups and blocks are calibrated on the solver's own W_hat, with scales in fp32, as in the toolkits.
+    """
+    names = [n for n, m in step.block.named_modules() if isinstance(m, nn.Linear)]
+    groups = [g for g in step.layout.groups if g]
+    reached = {n for g in groups for n in g}
+    methods = {n: m for n in names if not (m := plan.at(f"{step.name}.{n}")).stays and (n in reached or not m.keeps)}
+    for form in plan.formats()[:1]:
+        methods = {n: m for n, m in methods.items() if _fits(form, f"{step.name}.{n}", step.block.get_submodule(n), m, outcome)}
+    prepared, calibrated = ({g: k for g in groups if (k := _kind(step.name, g, methods, what))}
+                            for what in ("prepares", "calibrated"))
+    held = calibrated if plan.inputs == "group" else {}
+    kept = step.keep(prepared | {g: k for g, k in calibrated.items() if g not in held})
+    _prepare(step, methods, kept, outcome)
+    for group in [g for g in groups if g not in held] + [(n,) for n in names if n not in reached]:
+        _solve(step, group, methods, kept, outcome)
+    if held:
+        for group, inputs in step.held(held):
+            _solve(step, group, methods, dict.fromkeys(group, inputs), outcome)
+    if step.stream.batches and step.outputs is None and plan.inputs != "model" and not step.last:
+        step.outputs = step.stream.through(step.block)
+    outcome.left += [name for n in names if (name := f"{step.name}.{n}") not in outcome.codes]
+    for name, p in step.block.named_parameters(step.name):
+        linear = name.removesuffix(".weight")
+        p.copy_(outcome.codes[linear].dequantize() if linear in outcome.codes else in_fp16(name, p))
+
+
+def _fits(form: Format, name: str, linear: nn.Linear, method: Method, outcome: Outcome) -> bool:
+    """Whether the plan's file format can hold this linear; if not it stays in 16 bits, and a note says why."""
+    try:
+        form.specs(linear.out_features, linear.in_features, method)
+    except GroupSizeError as error:
+        outcome.notes[name] = {"left": str(error)}
+        return False
+    return True
+
+
+def _kind(prefix: str, group: Sequence[str], methods: dict[str, Method], what: str) -> type | None:
+    """What is to be kept of a group's input for those of its methods that prepare, or are calibrated; None: nothing."""
+    kinds = {methods[n].keeps for n in group if n in methods and getattr(methods[n], what)}
+    if len(kinds) > 1:
+        raise PlanError(f"{prefix}: {', '.join(group)} share their input, but their methods keep different things of it")
+    return kinds.pop() if kinds else None
+
+
+def _prepare(step: Step, methods: dict[str, Method], kept: dict[str, Any], outcome: Outcome) -> None:
+    """Let each method that wants to change the block first; folds that it would share with another method are an error."""
+    for method in dict.fromkeys(m for m in methods.values() if m.prepares):
+        folds = [f for f in step.layout.folds if any(methods.get(n) == method for n in f.linears)]
+        for fold in folds:
+            if others := {str(methods[n]) for n in fold.linears if n in methods and methods[n] != method}:
+                raise PlanError(f"{step.name}: {', '.join(fold.linears)} read one input, which {method} scales for all, "
+                                f"but the plan gives some to {', '.join(sorted(others))}: give them one method, or none")
+        for n, notes in method.prepare(step, [n for n, m in methods.items() if m == method], folds, kept).items():
+            outcome.notes.setdefault(f"{step.name}.{n}", {}).update(notes)
+
+
+def _solve(step: Step, group: Sequence[str], methods: dict[str, Method], kept: dict[str, Any], outcome: Outcome) -> None:
+    """Codes for a group's linears; those of one method that share their input are stacked if it allows that."""
+    sets: dict[Any, list[str]] = {}
+    for n in group:
+        if n in methods:
+            sets.setdefault(methods[n] if methods[n].stacks else n, []).append(n)
+    for same in sets.values():
+        method, modules = methods[same[0]], [step.block.get_submodule(n) for n in same]
+        inputs, rows = kept[same[0]] if method.calibrated else None, [m.out_features for m in modules]
+        W = torch.cat([m.weight for m in modules])
         try:
-            linear.weight.copy_(transform(linear.weight))
-        except GroupSizeError:
-            skipped.append(name)
-    return changed, skipped
+            codes, notes = method.solve(W, inputs)
+            parts = [codes] if len(same) == 1 else [None] * len(same) if codes is None else codes.split(rows)
+            for n, m, part, before in zip(same, modules, parts, W.split(rows), strict=True):
+                noted = outcome.notes.setdefault(f"{step.name}.{n}", {})
+                noted |= notes
+                if part is not None:
+                    outcome.codes[f"{step.name}.{n}"] = part.stored()
+                    if step.stream.batches:  # what comes later is calibrated on it
+                        m.weight.copy_(after := part.dequantize())
+                        if isinstance(inputs, Gram):
+                            noted["error_db"] = decibel(output_error(before.float() - after, inputs.H),
+                                                        output_error(before.float(), inputs.H))
+        except GroupSizeError as error:
+            outcome.notes |= {f"{step.name}.{n}": {"left": str(error)} for n in same}
+        except (ScaleError, HessianError) as error:
+            raise type(error)(f"{step.name}.{same[0]}: {error}") from error
 
 
-def rtn(model: nn.Module, bits: int, group_size: int = 128, sym: bool = False) -> tuple[nn.Module, list[str]]:
-    """`with_weights` by rounding to nearest; embeddings and output head stay as they are."""
-    return with_weights(model, lambda W: round_to_nearest(W, bits, group_size, sym))
+def in_fp16(name: str, p: Tensor) -> Tensor:
+    """A parameter as the files have it; raises ScaleError if fp16 cannot hold it."""
+    half = p.half()
+    if not torch.isfinite(half).all():
+        raise ScaleError(f"{name} has values beyond fp16, in which files keep what is not quantized")
+    return half

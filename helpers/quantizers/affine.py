@@ -5,15 +5,22 @@ counts is the output's: ||W X - W_hat X||^2 = tr(dW H dW^T) with H = X X^T, so a
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+FP16_LEAST = 2.0**-24  # the smallest positive number that fp16 has
+
 
 class GroupSizeError(ValueError):
     """The group size does not divide the width of the weight."""
+
+
+class ScaleError(ValueError):
+    """A scale that no file can hold."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,27 @@ class Quantized:
     grid: QParams
     g_idx: Int[Tensor, " in_"]
 
+    @property
+    def bits(self) -> int:
+        return self.grid.qmax.bit_length()
+
     def dequantize(self) -> Float[Tensor, "out in_"]:
-        """W_hat, fp32."""
+        """W_hat, in the dtype of the scales."""
         return (self.codes - self.grid.zero_point[:, self.g_idx]) * self.grid.scale[:, self.g_idx]
+
+    def stored(self) -> "Quantized":
+        """With its scales rounded to fp16, as every file has them; raises ScaleError if one is too large for that."""
+        scale = self.grid.scale.float().clamp(min=FP16_LEAST).half().float()
+        if not torch.isfinite(scale).all():
+            raise ScaleError(f"a scale of {self.grid.scale.max():g} is beyond fp16, in which all formats store it: "
+                             "leave this linear in 16 bits, or rescale the model")
+        return replace(self, grid=replace(self.grid, scale=scale, zero_point=self.grid.zero_point.float()))
+
+    def split(self, rows: Sequence[int]) -> "Iterator[Quantized]":
+        """The parts of a stacked weight."""
+        parts = (t.split(rows) for t in (self.codes, self.grid.scale, self.grid.zero_point))
+        for codes, scale, zero_point in zip(*parts, strict=True):
+            yield Quantized(codes, QParams(scale, zero_point, self.grid.qmax), self.g_idx)
 
 
 def on_grid(W: Float[Tensor, "out in_"], grid: QParams) -> Quantized:

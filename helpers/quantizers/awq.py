@@ -44,7 +44,7 @@ def fake_quantize(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = 
 def quantize_awq(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = 128) -> Quantized:
     """W rounded to `awq_grid`."""
     grid = awq_grid(W, bits, group_size)
-    g_idx = torch.arange(W.shape[1]) // (W.shape[1] // grid.groups)
+    g_idx = torch.arange(W.shape[1], device=W.device) // (W.shape[1] // grid.groups)
     return Quantized(_codes(W, grid).flatten(1).to(torch.int32), grid, g_idx)
 
 

@@ -95,7 +95,7 @@ def gptq_columns(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits:
     scales, zeros = ([whole.scale], [whole.zero_point]) if group_size == W.shape[1] else ([], [])
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
-        block, errors = W[:, start:stop].clone(), torch.zeros(len(W), stop - start)
+        block, errors = W[:, start:stop].clone(), W.new_zeros(len(W), stop - start)
         for k in range(start, stop):
             if group_size < W.shape[1] and k % group_size == 0:
                 grid = fit_qparams(W[:, k:k + group_size], bits, -1, sym)

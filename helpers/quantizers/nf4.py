@@ -19,7 +19,7 @@ _UNSURE = 255
 
 
 @cache
-def codebook() -> Float[Tensor, "16"]:
+def codebook(device: torch.device | str = "cpu") -> Float[Tensor, "16"]:
     """The 16 values: 7 negative quantiles, 0, 8 positive ones, divided by the largest. A zero weight has a code of its own.
 
     >>> codebook()[[0, 7, 8, 15]].tolist()
@@ -29,11 +29,11 @@ def codebook() -> Float[Tensor, "16"]:
         return [NormalDist().inv_cdf(p) for p in torch.linspace(OFFSET, 0.5, n)[:-1].tolist()]
 
     values = torch.tensor(sorted([-x for x in quantiles(8)] + [0.0] + quantiles(9)))
-    return values / values.max()
+    return (values / values.max()).to(device)
 
 
 @cache
-def _tables() -> tuple[Float[Tensor, "15"], UInt8[Tensor, " cells"]]:
+def _tables(device: torch.device) -> tuple[Float[Tensor, "15"], UInt8[Tensor, " cells"]]:
     """The midpoints between neighbours of the codebook, and the code of each of many narrow cells of [-1, 1].
 
     A cell that a midpoint cuts has no single code and is marked; with 2^15 cells that is 15 of them.
@@ -42,7 +42,7 @@ def _tables() -> tuple[Float[Tensor, "15"], UInt8[Tensor, " cells"]]:
     midpoints = (values[:-1] + values[1:]) / 2
     centres = torch.arange(-RESOLUTION, RESOLUTION + 1) / RESOLUTION
     low, high = (torch.bucketize(centres + side * 0.51 / RESOLUTION, midpoints) for side in (-1, 1))
-    return midpoints, torch.where(low == high, low, _UNSURE).to(torch.uint8)
+    return midpoints.to(device), torch.where(low == high, low, _UNSURE).to(torch.uint8).to(device)
 
 
 def nearest(v: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
@@ -50,7 +50,7 @@ def nearest(v: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
 
     One table lookup each, then the few that fell into a marked cell are settled by comparison.
     """
-    midpoints, cells = _tables()
+    midpoints, cells = _tables(v.device)
     codes = cells.index_select(0, (v * RESOLUTION).add_(RESOLUTION + 0.5).to(torch.int32))
     # eight codes as one word: those with a mark in them have a top bit set somewhere
     unsure = (codes.view(torch.int64) & -0x7F7F7F7F7F7F7F80).nonzero().squeeze(1)
@@ -58,13 +58,31 @@ def nearest(v: Float[Tensor, " n"]) -> UInt8[Tensor, " n"]:
     return codes
 
 
+class DoubleQuantized(NamedTuple):
+    """absmax in 8 bits: codes, one fp32 absmax for each 256 of them, and the mean that was taken off first."""
+
+    codes: UInt8[Tensor, " blocks"]
+    absmax: Float[Tensor, " nested"]
+    offset: Float[Tensor, ""]
+
+
 class NF4(NamedTuple):
-    """A tensor in NF4. `packed`: two codes a byte, the first in the high half."""
+    """A tensor in NF4. `packed`: two codes a byte, the first in the high half. `double`: what `absmax` was in the file."""
 
     packed: UInt8[Tensor, " bytes"]
     absmax: Float[Tensor, " blocks"]
     shape: tuple[int, ...]
     block_size: int
+    double: DoubleQuantized | None = None
+
+    def dequantize(self) -> Float[Tensor, "..."]:
+        """W_hat, fp32."""
+        return dequantize_nf4(self)
+
+    def stored(self) -> "NF4":
+        """With double quantization, as the files have it."""
+        double = self.double or quantize_absmax(self.absmax)
+        return self._replace(absmax=dequantize_absmax(double), double=double)
 
 
 def quantize_nf4(W: Float[Tensor, "..."], block_size: int = 64) -> NF4:
@@ -80,7 +98,7 @@ def quantize_nf4(W: Float[Tensor, "..."], block_size: int = 64) -> NF4:
         raise ValueError(f"weight {tuple(W.shape)} has values that are NaN or infinite")
     whole = flat.numel() // block_size
     blocks = flat[:whole * block_size].view(-1, block_size)
-    absmax, codes = torch.empty(whole), torch.empty(whole * block_size, dtype=torch.uint8)
+    absmax, codes = flat.new_empty(whole), flat.new_empty(whole * block_size, dtype=torch.uint8)
     rows = max(1, CHUNK // block_size)
     for i in range(0, whole, rows):
         x = blocks[i:i + rows]
@@ -98,9 +116,9 @@ def quantize_nf4(W: Float[Tensor, "..."], block_size: int = 64) -> NF4:
 def dequantize_nf4(q: NF4, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
     """codebook[code] * absmax, computed in fp32, then cast."""
     n, size = torch.Size(q.shape).numel(), q.block_size
-    whole, flat = n // size, torch.empty(n)
+    whole, flat = n // size, q.absmax.new_empty(n)
     # both values of a byte at once: a table of 256 pairs, each moved as one 8-byte number
-    values = codebook()
+    values = codebook(q.packed.device)
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).squeeze(1)
 
     def looked_up(part: slice) -> Tensor:
@@ -130,7 +148,7 @@ def unpack_pairs(packed: UInt8[Tensor, " bytes"], n: int) -> UInt8[Tensor, " n"]
 
 
 @cache
-def dynamic_map() -> Float[Tensor, "256"]:
+def dynamic_map(device: torch.device | str = "cpu") -> Float[Tensor, "256"]:
     """The 8-bit grid for the absmax values: in each of 7 decades twice as many evenly spaced values as in the one below.
 
     Dettmers 2015 (dynamic tree quantization), with the signs of bitsandbytes: 127 negative, 0, 128 positive.
@@ -139,15 +157,7 @@ def dynamic_map() -> Float[Tensor, "256"]:
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         magnitudes += (10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    return torch.tensor(sorted([-m for m in magnitudes] + [0.0] + magnitudes + [1.0]))
-
-
-class DoubleQuantized(NamedTuple):
-    """absmax in 8 bits: codes, one fp32 absmax for each 256 of them, and the mean that was taken off first."""
-
-    codes: UInt8[Tensor, " blocks"]
-    absmax: Float[Tensor, " nested"]
-    offset: Float[Tensor, ""]
+    return torch.tensor(sorted([-m for m in magnitudes] + [0.0] + magnitudes + [1.0])).to(device)
 
 
 NESTED_BLOCK = 256
@@ -165,16 +175,16 @@ def quantize_absmax(absmax: Float[Tensor, " blocks"]) -> DoubleQuantized:
     nested = centred.abs().amax(1)
     scaled = torch.where(nested[:, None] > 0, centred * (1 / nested)[:, None], -1)  # code 0 where all is 0, as there
     bins = ((scaled.clamp(-1, 1) + 1) * 0.5 * _BINS + 0.5).int()
-    return DoubleQuantized(_bin_codes()[bins].view(-1)[:len(absmax)], nested, offset)
+    return DoubleQuantized(_bin_codes(absmax.device)[bins].view(-1)[:len(absmax)], nested, offset)
 
 
 @cache
-def _bin_codes() -> UInt8[Tensor, "65536"]:
+def _bin_codes(device: torch.device) -> UInt8[Tensor, "65536"]:
     values = dynamic_map()
     centres = torch.arange(_BINS + 1, dtype=torch.float32) / _BINS * 2 - 1
-    return torch.bucketize(centres, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+    return torch.bucketize(centres, (values[:-1] + values[1:]) / 2).to(torch.uint8).to(device)
 
 
 def dequantize_absmax(q: DoubleQuantized) -> Float[Tensor, " blocks"]:
     """map[code] * nested absmax + offset, fp32."""
-    return dynamic_map()[q.codes.int()] * q.absmax.repeat_interleave(NESTED_BLOCK)[:len(q.codes)] + q.offset
+    return dynamic_map(q.codes.device)[q.codes.int()] * q.absmax.repeat_interleave(NESTED_BLOCK)[:len(q.codes)] + q.offset

@@ -23,7 +23,7 @@ def pack(codes: Int[Tensor, "n columns"], bits: int) -> Int32[Tensor, "words col
     if codes.numel() and (codes.min() < 0 or codes.max() >= 2**bits):
         raise ValueError(f"codes run from {codes.min()} to {codes.max()}, outside of 0 to {2**bits - 1}")
     blocks = codes.to(torch.int64).unflatten(0, (-1, period))
-    words = torch.zeros(len(blocks), bits * period // 32, codes.shape[1], dtype=torch.int64)
+    words = torch.zeros(len(blocks), bits * period // 32, codes.shape[1], dtype=torch.int64, device=codes.device)
     for j in range(period):
         word, shift = divmod(j * bits, 32)
         words[:, word] |= blocks[:, j] << shift
@@ -36,7 +36,7 @@ def unpack(words: Int32[Tensor, "words columns"], bits: int) -> Int32[Tensor, "n
     """The inverse of `pack`."""
     period = 32 // gcd(bits, 32)
     blocks = (words.to(torch.int64) & 0xFFFFFFFF).unflatten(0, (-1, bits * period // 32))
-    codes = torch.empty(len(blocks), period, words.shape[1], dtype=torch.int64)
+    codes = torch.empty(len(blocks), period, words.shape[1], dtype=torch.int64, device=words.device)
     for j in range(period):
         word, shift = divmod(j * bits, 32)
         codes[:, j] = blocks[:, word] >> shift
@@ -72,9 +72,10 @@ def pack_awq(codes: Int[Tensor, "out in_"]) -> Int32[Tensor, "in_ words"]:
     """AWQ GEMM `qweight` and `qzeros`: neighbouring outputs of one input share a word, even ones first."""
     if codes.shape[0] % 8:
         raise ValueError(f"codes {tuple(codes.shape)}: the AWQ format needs a multiple of 8 outputs")
-    return pack(codes.unflatten(0, (-1, 8))[:, AWQ_ORDER].flatten(0, 1), 4).T.contiguous()
+    order = torch.tensor(AWQ_ORDER).to(codes.device)
+    return pack(codes.unflatten(0, (-1, 8))[:, order].flatten(0, 1), 4).T.contiguous()
 
 
 def unpack_awq(qweight: Int32[Tensor, "in_ words"]) -> Int32[Tensor, "out in_"]:
     codes = unpack(qweight.T, 4).unflatten(0, (-1, 8))
-    return codes[:, torch.tensor(AWQ_ORDER).argsort()].flatten(0, 1)
+    return codes[:, torch.tensor(AWQ_ORDER).to(codes.device).argsort()].flatten(0, 1)

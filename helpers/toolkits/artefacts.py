@@ -5,23 +5,32 @@
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PretrainedConfig
 
-from helpers.models.loading import BUNDLED, DATA, ModelUnavailable, resolve
-from helpers.models.texts import calibration, windows
-from helpers.results import Record, folder_hash, read, save, versions
-from helpers.toolkits.process import ROOT, Job, ToolkitMissing, run
+from helpers.files import REPORT, folder_hash, key_hash
+from helpers.methods.awq import Awq
+from helpers.methods.gptq import Gptq
+from helpers.methods.int8 import RowInt8
+from helpers.methods.nf4 import Nf4
+from helpers.models.layers import common_group
+from helpers.models.method import Method
+from helpers.models.reading import check_hashes
+from helpers.models.source import BUNDLED, DATA, ModelUnavailable, resolve
+from helpers.models.texts import calibration, context_of, windows
+from helpers.results import Record, read, save, versions
+from helpers.toolkits.bitsandbytes import usable
+from helpers.toolkits.process import ROOT, Job, ToolkitFailed, ToolkitMissing, run
 
 COMMITTED = DATA / "artefacts"
 CACHE = ROOT / ".cache" / "artefacts"
@@ -31,38 +40,48 @@ CALIBRATION = {"name": "instructions", "length": 256, "count": 128}
 
 @dataclass(frozen=True)
 class Artefact:
-    """One toolkit's output for one method."""
+    """One toolkit's output for one method: `plan` is ours that comes nearest, and whose file has the same size."""
 
     toolkit: str
     method: str
+    plan: Method
     originals: bool = False
+
+    def with_group(self, size: int) -> Method:
+        """The plan with this group size, if it has groups."""
+        return replace(self.plan, group_size=size) if self.plan.keeps else self.plan
 
 
 ARTEFACTS = {
-    "bitsandbytes-nf4": Artefact("bitsandbytes", "nf4"),
-    "bitsandbytes-int8": Artefact("bitsandbytes", "int8"),
-    "gptqmodel-gptq": Artefact("gptqmodel", "gptq"),
-    "gptqmodel-awq": Artefact("gptqmodel", "awq"),
-    "autogptq-gptq": Artefact("autogptq", "gptq", originals=True),
-    "autoawq-awq": Artefact("autoawq", "awq", originals=True),
+    "bitsandbytes-nf4": Artefact("bitsandbytes", "nf4", Nf4()),
+    "bitsandbytes-int8": Artefact("bitsandbytes", "int8", RowInt8()),
+    "gptqmodel-gptq": Artefact("gptqmodel", "gptq", Gptq()),
+    "gptqmodel-awq": Artefact("gptqmodel", "awq", Awq()),
+    "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(), originals=True),
+    "autoawq-awq": Artefact("autoawq", "awq", Awq(), originals=True),
 }
 
 
+def plan_of(name: str, config: PretrainedConfig) -> Method:
+    """What a toolkit is asked for on a model of this config: its method, in the largest groups that fill all rows."""
+    with torch.device("meta"):
+        return ARTEFACTS[name].with_group(common_group(AutoModelForCausalLM.from_config(config)))
+
+
 def _job(name: str, model: str, revision: str | None) -> Job:
-    source, method = resolve(model, revision), ARTEFACTS[name].method
-    tokens = []
-    if method in ("gptq", "awq"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        length = min(CALIBRATION["length"], tokenizer.model_max_length)
-        tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, CALIBRATION["count"])
-    return Job(method, str(source), tokens)
+    source, spec = resolve(model, revision), ARTEFACTS[name]
+    if not spec.plan.keeps:
+        return Job(spec.method, str(source), calibrated=False)
+    tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+    length = min(CALIBRATION["length"], context_of(tokenizer, config))
+    tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, CALIBRATION["count"])
+    return Job(spec.method, str(source), tokens, {"group_size": plan_of(name, config).group_size})
 
 
 def _key(name: str, job: Job) -> str:
     """What decides the bits of an artefact: weights, tokens, settings, versions and the CPU's instruction set."""
-    decides = [name, folder_hash(Path(job.source)), job.method, [list(t) for t in job.tokens], job.settings, versions(),
-               torch.backends.cpu.get_cpu_capability()]
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+    return key_hash([name, folder_hash(Path(job.source)), job.method, [list(t) for t in job.tokens], job.settings, versions(),
+                     torch.backends.cpu.get_cpu_capability()])
 
 
 def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
@@ -82,6 +101,19 @@ def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision:
     return out
 
 
+def available(names: Iterable[str], *which, **of) -> dict[str, Path]:
+    """{name: folder} of those artefacts (`artefact`'s arguments) that can be had; what is missing is said, with the reason:
+    a toolkit that is not installed, or that does not know the model."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = artefact(name, *which, **of)
+        except (ToolkitMissing, ToolkitFailed) as error:
+            first, *log = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
+            print(f"{name}: {first} {' '.join(log[-2:])}")
+    return found
+
+
 def reload(folder: Path, device: str = "cpu", **options):
     """The quantized model of an artefact, loaded by transformers, which calls the toolkit it needs.
 
@@ -90,28 +122,27 @@ def reload(folder: Path, device: str = "cpu", **options):
     toolkits print while they load is kept back. Raises ModelUnavailable.
     """
     try:
+        check_hashes(folder)
         settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        exact = {"gptq": lambda: {"quantization_config": GPTQConfig(bits=settings["bits"], backend="gptq_torch")},
+                 "awq": dict, "bitsandbytes": dict}[settings["quant_method"]]()
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ModelUnavailable(f"{folder} is not a quantized model: {error}") from error
-    method = settings["quant_method"]
-    if device == "cpu" and method in ("gptq", "awq"):
-        exact = {}
-        if method == "gptq":
-            exact = {"quantization_config": GPTQConfig(bits=settings["bits"], backend="gptq_torch")}
+    if device == "cpu" and settings["quant_method"] != "bitsandbytes":
         options = exact | {"dtype": torch.float32} | options
         # GPTQModel compiles its kernels for each new length of input: minutes, for a model that runs in milliseconds
         torch.compiler.set_stance("force_eager")
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
+            return usable(AutoModelForCausalLM.from_pretrained(folder, device_map=device, **options).eval())
     except Exception as error:  # each toolkit raises its own kinds
         raise ModelUnavailable(f"{folder} could not be loaded by transformers: {error}") from error
 
 
 def report(folder: Path) -> dict:
     """What the toolkit's process reported: seconds, settings, tokens, machine and versions."""
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / REPORT).read_text())
 
 
 def example_3(rebuild: bool = False) -> dict[str, str]:
@@ -119,7 +150,7 @@ def example_3(rebuild: bool = False) -> dict[str, str]:
     with `rebuild` a run now, half a minute. Raises what `run` raises."""
     if not rebuild:
         return read(EXAMPLE_3).data["steps"]
-    return run("article", Job("example", str(BUNDLED)), CACHE / EXAMPLE_3, originals=True)["steps"]
+    return run("article", Job("example", str(BUNDLED), calibrated=False), CACHE / EXAMPLE_3, originals=True)["steps"]
 
 
 def build_all(model: str, commit: bool) -> None:
@@ -129,7 +160,7 @@ def build_all(model: str, commit: bool) -> None:
         bar.set_description(name)
         try:
             built = artefact(name, model, rebuild=True)
-        except ToolkitMissing as error:
+        except (ToolkitMissing, ToolkitFailed) as error:
             missing.append(f"{name}: {error}")
             continue
         if commit and name != "bitsandbytes-int8":  # twice the size, and seconds to make

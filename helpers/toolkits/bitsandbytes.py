@@ -13,11 +13,19 @@ def config(method: str, **settings):
     import torch
     from transformers import BitsAndBytesConfig
 
-    if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, **settings)
-    return BitsAndBytesConfig(**({
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16} | settings))
+    own = {"int8": {"load_in_8bit": True},
+           "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                   "bnb_4bit_compute_dtype": torch.bfloat16}}
+    return BitsAndBytesConfig(**(own[method] | settings))
+
+
+def usable(model):
+    """The same model, able to run. On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks NF4 weights at the first forward pass,
+    and fails if their blocks of 64 run on from row to row; such linears keep the packing they have."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and (module.in_features % 64 or module.out_features % 32):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def quantize(job: Job, out: Path) -> dict:

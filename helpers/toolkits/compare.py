@@ -4,8 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from helpers.models.checkpoints import linear_tensors
-from helpers.models.scheme import Outcome
+from helpers.models.method import Format, Outcome
 
 
 def same_codes(first: Path, second: Path) -> float:
@@ -26,9 +25,9 @@ def same_codes(first: Path, second: Path) -> float:
     return same / total
 
 
-def differing_words(outcome: Outcome, folder: Path, form: str) -> tuple[int, int]:
+def differing_words(outcome: Outcome, folder: Path, form: Format) -> tuple[int, int]:
     """(words that differ, words) of the packed codes, zeros and scales of an outcome and of a toolkit's artefact."""
     theirs = load_file(folder / "model.safetensors")
     pairs = [(tensor, theirs[f"{name}.{end}"]) for name, q in outcome.codes.items()
-             for end, tensor in linear_tensors(q, form).items() if end != "g_idx"]
+             for end, tensor in form.pack(q).items() if end != "g_idx"]
     return sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)

@@ -42,15 +42,13 @@ def quantize(job: Job, out: Path) -> dict:
     settings = DEFAULTS | job.settings
     kept = keep_problems() if settings.pop("keep_problems", False) else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = BACKEND.AUTO
-    if job.method == "gptq":
+    kind, own, on_cpu = {
         # act_group_aware reorders columns by default; off, so that the file holds plain GPTQ
-        config = GPTQConfig(**({"sym": True, "desc_act": False, "act_group_aware": False} | settings))
-    else:
-        config = AWQConfig(**({"sym": False} | settings))
-        if device == "cpu":
-            backend = BACKEND.AWQ_TORCH  # the only AWQ kernel it has there
+        "gptq": (GPTQConfig, {"sym": True, "desc_act": False, "act_group_aware": False}, BACKEND.AUTO),
+        "awq": (AWQConfig, {"sym": False}, BACKEND.AWQ_TORCH)}[job.method]  # the only AWQ kernel it has on a CPU
+    config = kind(**(own | settings))
     config.offload_to_disk = False
+    backend = on_cpu if device == "cpu" else BACKEND.AUTO
     model = GPTQModel.load(job.source, config, device=device, dtype=torch.bfloat16)
     rows = [{"input_ids": list(t), "attention_mask": [1] * len(t)} for t in job.tokens]
     started = time.perf_counter()

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from helpers.results import check_replaceable, machine, put_in_place, versions, write_atomically
+from helpers.files import REPORT, check_replaceable, hashes, put_in_place, write_atomically
+from helpers.results import machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIGINALS = ROOT / ".venv-originals"  # `make originals`: transformers 4 and the archived toolkits, over the main torch
-REPORT = "report.json"
 
 
 class ToolkitFailed(RuntimeError):
@@ -33,10 +33,11 @@ class ToolkitMissing(RuntimeError):
 class Job:
     """What a toolkit is asked to do: quantize the model in folder `source`, calibrated on `tokens`."""
 
-    method: str  # gptq, awq, nf4 or int8
+    method: str  # by the toolkit's own name for it: gptq, awq, nf4 or int8
     source: str
     tokens: Sequence[Sequence[int]] = ()
     settings: dict = field(default_factory=dict)
+    calibrated: bool = True  # needs tokens
 
 
 def main(work: Callable[[Job, Path], dict]) -> None:
@@ -46,7 +47,8 @@ def main(work: Callable[[Job, Path], dict]) -> None:
     started = time.perf_counter()
     report = work(job, out)
     report |= {"seconds": round(time.perf_counter() - started, 2), "method": job.method, "settings": job.settings,
-               "calibration_tokens": sum(map(len, job.tokens)), "machine": machine(), "versions": versions()}
+               "calibration_tokens": sum(map(len, job.tokens)), "machine": machine(), "versions": versions(),
+               "sha256": hashes(out)}
     write_atomically(out / REPORT, json.dumps(report, indent=1) + "\n")
 
 
@@ -58,8 +60,8 @@ def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: flo
     ValueError for an empty calibration set or sequences longer than the model's context, FileExistsError if `out` holds
     something else than an earlier artefact.
     """
-    if job.method in ("gptq", "awq"):
-        context = json.loads((Path(job.source) / "config.json").read_text())["max_position_embeddings"]
+    if job.calibrated:
+        context = json.loads((Path(job.source) / "config.json").read_text()).get("max_position_embeddings", 2**31)
         if not job.tokens:
             raise ValueError(f"tokens: {job.method} needs at least one calibration sequence, got none")
         if (longest := max(map(len, job.tokens))) > context:

@@ -1,0 +1,159 @@
+"""What is compared: the original, an artefact of a toolkit, an artefact of ours, a simulation; one interface for all."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from helpers.files import file_hash, folder_hash, key_hash
+from helpers.measure.bytes import measured_bytes, predicted_bytes
+from helpers.models.method import Method, Plan
+from helpers.models.quantize import quantized
+from helpers.models.reading import load_simulated
+from helpers.models.source import Loaded, load, resolve
+from helpers.toolkits import artefacts
+
+
+class Variant(Protocol):
+    """One model that can be loaded, measured, and told from every other by its key."""
+
+    name: str
+
+    def key(self) -> dict[str, Any]:
+        """All that decides its weights."""
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        """The model, ready to be asked."""
+
+    def predicted(self) -> int | None:
+        """Bytes of its weights, from the config and the plan alone; None for what no format holds."""
+
+    def measured(self) -> int | None:
+        """Bytes of its weights on disk; None for what is only simulated."""
+
+
+@lru_cache(maxsize=2)
+def loaded(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
+    """A model and its tokenizer, kept for the next to ask; whoever changes the model takes a copy."""
+    return load(model, revision, dtype, device)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The unquantized model; `change`, a function, makes another of it that counts as unquantized too (outliers)."""
+
+    model: str = "bundled"
+    revision: str | None = None
+    dtype: str = "float32"
+    change: Callable[[nn.Module], nn.Module] | None = None
+    name: str = "16 bits"
+
+    @property
+    def folder(self) -> Path:
+        return resolve(self.model, self.revision)
+
+    def key(self) -> dict[str, Any]:
+        return {"weights": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
+                "change": self.change and self.change.__name__}
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        model = loaded(self.model, self.revision, self.dtype, device).model
+        return self.change(copy.deepcopy(model)) if self.change else model
+
+    def predicted(self) -> int:
+        return predicted_bytes(AutoConfig.from_pretrained(self.folder))
+
+    def measured(self) -> int:
+        return measured_bytes(self.folder)
+
+
+class InFolder:
+    """What variants that are files have in common. `exact` dequantizes the file instead of calling the toolkit's kernel."""
+
+    folder: Path
+    exact: bool
+
+    def key(self) -> dict[str, Any]:
+        return {"artefact": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "exact": self.exact}
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        return load_simulated(self.folder, device) if self.exact else artefacts.reload(self.folder, device)
+
+    def measured(self) -> int:
+        return measured_bytes(self.folder)
+
+
+@dataclass(frozen=True)
+class ToolkitArtefact(InFolder):
+    """What a toolkit makes of a model, by a name of `ARTEFACTS`; it is run now, in its own process, if it has not been."""
+
+    artefact: str
+    model: str = "bundled"
+    revision: str | None = None
+    rebuild: bool = False
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.artefact
+
+    @property
+    def folder(self) -> Path:
+        return artefacts.artefact(self.artefact, self.model, self.rebuild, self.revision)
+
+    def predicted(self) -> int:
+        config = AutoConfig.from_pretrained(resolve(self.model, self.revision))
+        return predicted_bytes(config, artefacts.plan_of(self.artefact, config))
+
+
+@dataclass(frozen=True)
+class OurArtefact(InFolder):
+    """A folder that `quantize_to` wrote."""
+
+    name: str
+    folder: Path
+    plan: Plan | Method
+    exact: bool = False
+
+    def predicted(self) -> int:
+        return predicted_bytes(AutoConfig.from_pretrained(self.folder), self.plan)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A model quantized in memory: the weights that a file would give back, in a model that needs no toolkit.
+
+    `head`: a method for the output head, which files keep in 16 bits; `dtype`: what it is computed in.
+    """
+
+    name: str
+    plan: Plan | Method
+    tokens: Sequence[Sequence[int]] = field(default=(), repr=False)
+    base: Original = field(default_factory=Original)
+    head: Method | None = None
+    dtype: str | None = None
+
+    def key(self) -> dict[str, Any]:
+        return {"base": self.base.key(), "plan": Plan.of(self.plan).key(), "tokens": key_hash([list(t) for t in self.tokens]),
+                "head": self.head and self.head.key(), "dtype": self.dtype}
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        model = self.base.load(device)
+        model = quantized(model, self.plan, self.tokens)
+        if self.head is not None:
+            weight = model.get_output_embeddings().weight
+            weight.data = self.head.solve(weight.detach(), None)[0].stored().dequantize().to(weight.dtype)
+        return model if self.dtype is None else model.to(getattr(torch, self.dtype))
+
+    def predicted(self) -> int | None:
+        plan = Plan.of(self.plan)
+        return predicted_bytes(AutoConfig.from_pretrained(self.base.folder), plan) if plan.formats() else None
+
+    def measured(self) -> None:
+        return None

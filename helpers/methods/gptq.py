@@ -1,0 +1,33 @@
+"""GPTQ: rounding with error feedback through the Gram matrix of a linear's inputs."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from helpers.methods.rtn import Rtn
+from helpers.models.method import Gram, Notes, PlanError
+from helpers.quantizers.affine import Quantized
+from helpers.quantizers.gptq import gptq
+
+
+@dataclass(frozen=True)
+class Gptq(Rtn):
+    """GPTQ (`helpers/quantizers/gptq.py`)."""
+
+    name: ClassVar[str] = "gptq"
+    keeps: ClassVar[type[Gram]] = Gram
+    calibrated: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+    desc_act: bool = field(default=False, metadata={"help": "columns of the largest inputs first (chapter 5)"})
+    damp_percent: float = field(default=0.01, metadata={"help": "damping, as a share of the mean diagonal (chapter 5)"})
+    search: bool = field(default=False, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damp_percent <= 1:
+            raise PlanError(f"damp_percent: expected a share from 0 to 1 of the mean diagonal, got {self.damp_percent}")
+
+    def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
+        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent, self.search)
+        return found.quantized, {"damp_percent": found.damp_percent}
