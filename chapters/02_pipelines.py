@@ -84,9 +84,9 @@ pd.DataFrame({name: {"seconds, with import and load": r["seconds"], "calibration
 #
 # $$\text{bytes} = \frac{n}{2} + \frac{n}{128}\left(2 + \frac12\right) + 4\,\text{columns}$$
 #
-# AWQ is the same without the last term. NF4 takes a byte for each block of 64 and an fp32 number for each 256 of those
-# bytes. Embeddings, norms and the output head stay in 16 bits. How many bits a parameter is that, over the whole model?
-# Guess before you run on: the embeddings of a small model weigh heavily.
+# AWQ is the same without the last term. NF4 takes a byte for each block of 64, an fp32 number for each 256 of those bytes, and
+# two tables of 16 and 256 such numbers. Embeddings, norms and the output head stay in 16 bits. How many bits a parameter is
+# that, over the whole model? Guess before you run on: the embeddings of a small model weigh heavily.
 
 # %%
 guess_bits_per_parameter = {"nf4": 4.5, "gptq": 4.5, "awq": 4.5}

@@ -15,7 +15,7 @@
 # fold them away, and tell on which models that helps.
 #
 # *Needs*: chapters [2](02_pipelines.ipynb) (KL, ΔNLL) and [3](03_error_formula.ipynb). *Time*: a minute on a laptop CPU.
-# *On a GPU*: nothing changes here.
+# *On a GPU*: the same cells.
 #
 # Some input channels are much larger than others. An error in a weight that multiplies a large input is a large error of the
 # output. AWQ ([Lin et al. 2023](https://arxiv.org/abs/2306.00978)) multiplies the weights of such channels by $s > 1$ before
@@ -115,7 +115,7 @@ figure, axes = plt.subplots(figsize=(6.5, 2.4))
 fold = quiet.layout.folds[0]  # linears that read one input, and the norm before them (more under Folding)
 name = fold.linears[0]
 for what, found in (("this model", grams), ("with outlier channels", loud_grams)):
-    axes.semilogy(found[name].x_mean().sort(descending=True).values, label=what)
+    axes.semilogy(found[name].x_mean().sort(descending=True).values.cpu(), label=what)
 axes.set(xlabel="input channels, largest first", ylabel="mean |x|")
 axes.legend()
 plt.show()
@@ -217,14 +217,16 @@ guess_folds = {"mlp.gate_proj -> mlp.down_proj": False, "mlp.up_proj -> mlp.down
 from helpers.models.layers import Fold
 
 
-def left_after_fold(before, readers):
-    """The share of what scaling the readers does to the block's output that dividing `before` does not undo."""
+def left_after_fold(before, readers, plus_one=False):
+    """The share of what scaling the readers does to the block's output that dividing `before` does not undo.
+
+    Some norms multiply by 1 + weight (`plus_one`)."""
     torch.manual_seed(0)
     s = torch.rand(quiet.block.get_submodule(readers[0]).in_features).to(lm.device) + 0.5
     batch = quiet.stream.batches[0]
     with torch.inference_mode():
         plain, alone, both = (copy.deepcopy(quiet.block) for _ in range(3))
-        fold_scale(both, Fold(before, readers), s)
+        fold_scale(both, Fold(before, readers, plus_one), s)
         for n in readers:
             alone.get_submodule(n).weight.mul_(s)
         out = quiet.stream.run(plain, batch)
@@ -236,7 +238,7 @@ modules = {n: m for n, m in quiet.block.named_modules() if getattr(m, "weight", 
 for readers in quiet.layout.groups:
     width = quiet.block.get_submodule(readers[0]).in_features
     for candidate in [n for n, m in modules.items() if len(m.weight) == width and n not in readers]:
-        left = left_after_fold(candidate, readers)
+        left = min(left_after_fold(candidate, readers, plus_one) for plus_one in (False, True))
         if left < 1e-3:
             print(f"{candidate} -> {', '.join(readers)}")
         elif candidate.split(".")[0] == readers[0].split(".")[0]:
@@ -266,7 +268,7 @@ for each in loud.layout.folds:
     print(f"{each.before:28} -> {', '.join(each.linears):50} r = {found.ratio}")
 
 same = copy.deepcopy(loud)
-scale_folds(same, same.layout.folds, dict(loud_grams), 4, size)
+scale_folds(same, list(loud_grams), same.layout.folds, dict(loud_grams), 4, size)
 assert all(torch.equal(a, b) for a, b in zip(scaled.parameters(), same.block.parameters(), strict=True))
 
 # %% [markdown]
@@ -336,10 +338,11 @@ from helpers.toolkits.artefacts import reload
 
 scratch = tempfile.TemporaryDirectory()
 out = Path(scratch.name) / "awq"
-outcome = quantize_to(out, resolve(run_on["model"], run_on["revision"]), Awq(group_size=size), tokens[:8])
+outcome = quantize_to(out, resolve(run_on["model"], run_on["revision"]), Awq(group_size=size), tokens[:8],
+                      device=run_on["device"])
 with torch.inference_mode():
-    theirs = reload(out, quantization_config=AwqConfig(bits=4, backend="torch_awq"))(ids[:1, :16]).logits
-    ours = load_simulated(out)(ids[:1, :16]).logits
+    theirs = reload(out, quantization_config=AwqConfig(bits=4, backend="torch_awq"))(ids[:1, :16].cpu()).logits
+    ours = load_simulated(out)(ids[:1, :16].cpu()).logits
 assert (theirs - ours).norm() < 0.002 * ours.norm()
 print(f"{len(outcome.noted('ratio'))} scales found; logits through transformers equal ours within 0.2 %")
 

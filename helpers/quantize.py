@@ -27,7 +27,7 @@ def chosen_format(name: str):
 
 def parse(argv: list[str]) -> tuple[Method, Namespace]:
     """The method with its settings, which are the fields of its class, and the rest."""
-    writable = {n: m for n, m in sorted(Method.known.items()) if m.inputs is None and m().formats()}
+    writable = {n: m for n, m in sorted(Method.known.items()) if not m.reference and m().formats()}
     first = ArgumentParser(add_help=False)
     first.add_argument("--method", choices=writable, default="gptq")
     name = first.parse_known_args(argv)[0].method

@@ -10,6 +10,7 @@ from transformers import (
     CohereConfig,
     FalconConfig,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -53,6 +54,8 @@ CONFIGS = {
     "stablelm": StableLmConfig(**MLP), "granite": GraniteConfig(**MLP), "bloom": BloomConfig(**SHORT),
     "falcon": FalconConfig(vocab_size=320, hidden_size=128, num_hidden_layers=2, num_attention_heads=4),
     "mixtral": MixtralConfig(**MLP, num_local_experts=2),
+    "glm4_moe": Glm4MoeConfig(**MLP, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+                              first_k_dense_replace=0, pad_token_id=0),
 }
 TOKENS = [tuple(torch.randint(5, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (40, 40, 40, 25, 64)]
 IDS = torch.tensor([TOKENS[3]])

@@ -86,3 +86,8 @@ def test_it_mixes_with_others_where_a_format_holds_both(bundled):
     assert Plan(HalfQuadratic(), {"q_proj": Nf4()}).formats() == []
     with pytest.raises(PlanError, match="has no file format"):
         predicted_bytes(bundled.model.config, Plan(HalfQuadratic(), {"q_proj": Nf4()}))
+
+
+def test_the_code_of_a_method_from_outside_is_in_the_key():
+    """Ours is in every cell's key as a whole; one from outside brings its own."""
+    assert "code" in Simulation("x", HalfQuadratic()).key() and "code" not in Simulation("x", Rtn()).key()

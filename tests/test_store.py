@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from helpers.book import random_llama
 from helpers.harness.compare import Quality, shown, summary
 from helpers.harness.variants import Original, Simulation, ToolkitArtefact
 from helpers.measure.stats import paired
 from helpers.measure.tasks import encode, examples
 from helpers.methods.gptq import Gptq
+from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.rtn import Rtn
 from helpers.results import RESULTS, read
@@ -139,7 +142,7 @@ def test_a_cell_is_missed_when_anything_changes(quality):
                 dtype="float16")).key()]
     assert len({json.dumps(k) for k in keys}) == 5 and base.key() == replace(base, name="y").key()
     other = Quality(quality.items[1:], store=quality.store)
-    assert other.key != quality.key and set(quality.key) >= {"code", "versions", "cpu", "items", "reference"}
+    assert other.key != quality.key and set(quality.key) >= {"code", "versions", "machine", "device", "items", "reference"}
 
 
 def test_any_two_results_are_paired_by_id(quality):
@@ -167,3 +170,12 @@ def test_records_are_derived_from_the_committed_values(name):
 def test_the_committed_values_are_small():
     assert sum(p.stat().st_size for p in RESULTS.glob("*.npz")) <= 4_000_000
     assert os.path.getsize(RESULTS / "sweep_best.npz") > 100_000
+
+
+def test_a_tied_head_is_quantized_alone(tmp_path):
+    """The embedding, which is the same weight in the files, stays as it was."""
+    folder = random_llama("tied-for-tests", 128, 192, tied=True)
+    variant = Simulation("head", Keep(), base=Original(str(folder)), head=Nf4())
+    model, original = variant.load(), Original(str(folder)).load()
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert not torch.equal(model.lm_head.weight, original.lm_head.weight)

@@ -13,12 +13,13 @@ from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoAwq, AutoGptq
 from helpers.methods.rtn import Rtn
-from helpers.models.layers import linears
+from helpers.models.branches import branches
+from helpers.models.layers import UnknownStructure, linears
 from helpers.models.method import Gram, Plan, PlanError
 from helpers.models.quantize import quantize_many, quantize_model
 from helpers.models.source import BUNDLED, Source
 from helpers.models.texts import calibration, windows
-from helpers.models.walk import branches, walk
+from helpers.models.walk import walk
 
 
 @pytest.fixture(scope="module")
@@ -154,5 +155,7 @@ def test_what_is_kept_counts_every_token(bundled, tokens):
             super().add(X[:, 1:])
 
     step = next(walk(bundled.model, tokens))
-    with pytest.raises(AssertionError, match=r"saw 1016 tokens of 1024"):
+    with pytest.raises(UnknownStructure, match=r"q_proj saw 1016"):
+        next(step.held({step.layout.groups[0]: Deaf}))
+    with pytest.raises(UnknownStructure, match=r"saw 1016 tokens of 1024"):
         step.grams(Deaf)

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from helpers.files import code_hash, key_hash
@@ -17,15 +18,14 @@ from helpers.results import machine, versions
 from helpers.store import Cell, Store
 
 HELPERS = Path(__file__).resolve().parents[1]
-DECIDES = ("quantizers", "methods", "models", "measure")  # the rooms whose code a score depends on
+DECIDES = ("quantizers", "methods", "models", "measure", "toolkits", "harness")  # the rooms whose code a score depends on
 
 
 def circumstances() -> dict:
     """What decides a number beside the variant and the texts: code, versions, and the processor, whose sums round its way."""
-    about, found = machine(), versions()
-    return {"code": code_hash(*(HELPERS / room for room in DECIDES)),
-            "versions": {k: found[k] for k in ("torch", "transformers") if k in found},
-            "cpu": [about["cpu"], about["cpu_capability"]], "gpu": about["gpu"]}
+    about = machine()
+    return {"code": code_hash(*(HELPERS / room for room in DECIDES)), "versions": versions(),
+            "machine": [about[k] for k in ("cpu", "cpu_capability", "threads", "gpu")]}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Quality:
 
     @cached_property
     def key(self) -> dict:
-        return {"measure": "quality", "items": key_hash([[i.id, list(i.ids), i.start] for i in self.items]),
+        items = key_hash([[i.id, list(i.ids), i.start] for i in self.items])
+        return {"measure": "quality", "device": self.device, "items": items,
                 "reference": self.reference.key(), **circumstances()}
 
     def cell(self, variant: Variant) -> Cell:
@@ -60,6 +61,8 @@ def summary(scores: Mapping[str, Scores], full: Scores) -> dict[str, dict[str, A
     intervals, share of right answers, and how many were lost and won."""
     found = {}
     for name, s in scores.items():
+        if not np.array_equal(s.ids, full.ids):
+            raise ValueError(f"{name} was not scored on the same texts as the unquantized model")
         flips = mcnemar(full.exact, s.exact)
         found[name] = {"kl": s.answer.kl_interval(), "delta_nll": s.answer.delta_nll(full.answer),
                        "exact": float(s.exact.mean()), "lost": flips.lost, "won": flips.won}

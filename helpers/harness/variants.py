@@ -1,9 +1,11 @@
 """What is compared: the original, an artefact of a toolkit, an artefact of ours, a simulation; one interface for all."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from inspect import getsource
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from helpers.files import file_hash, folder_hash, key_hash
+from helpers.files import PROVENANCE, file_hash, folder_hash, key_hash
 from helpers.measure.bytes import measured_bytes, predicted_bytes
+from helpers.models.formats import FORMATS
 from helpers.models.method import Method, Plan
 from helpers.models.quantize import quantized
 from helpers.models.reading import load_simulated
@@ -60,7 +63,7 @@ class Original:
 
     def key(self) -> dict[str, Any]:
         return {"weights": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
-                "change": self.change and self.change.__name__}
+                "change": self.change and key_hash(getsource(self.change))}
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         model = loaded(self.model, self.revision, self.dtype, device).model
@@ -103,7 +106,7 @@ class ToolkitArtefact(InFolder):
     def name(self) -> str:
         return self.artefact
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return artefacts.artefact(self.artefact, self.model, self.rebuild, self.revision)
 
@@ -122,7 +125,8 @@ class OurArtefact(InFolder):
     exact: bool = False
 
     def predicted(self) -> int:
-        return predicted_bytes(AutoConfig.from_pretrained(self.folder), self.plan)
+        form = json.loads((self.folder / PROVENANCE).read_text())["format"]
+        return predicted_bytes(AutoConfig.from_pretrained(self.folder), self.plan, next(f for f in FORMATS if f.name == form))
 
 
 @dataclass(frozen=True)
@@ -140,15 +144,19 @@ class Simulation:
     dtype: str | None = None
 
     def key(self) -> dict[str, Any]:
-        return {"base": self.base.key(), "plan": Plan.of(self.plan).key(), "tokens": key_hash([list(t) for t in self.tokens]),
-                "head": self.head and self.head.key(), "dtype": self.dtype}
+        plan = Plan.of(self.plan)
+        # the code of our own methods is in the key of every cell; that of one from outside is not
+        outside = [getsource(type(m)) for m in plan.methods() if not type(m).__module__.startswith("helpers.")]
+        return {"base": self.base.key(), "plan": plan.key(), "tokens": key_hash([list(t) for t in self.tokens]),
+                "head": self.head and self.head.key(), "dtype": self.dtype} | ({"code": key_hash(outside)} if outside else {})
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         model = self.base.load(device)
         model = quantized(model, self.plan, self.tokens)
         if self.head is not None:
-            weight = model.get_output_embeddings().weight
-            weight.data = self.head.solve(weight.detach(), None)[0].stored().dequantize().to(weight.dtype)
+            head = model.get_output_embeddings()  # a weight of its own, where the embedding is the same one
+            W_hat = self.head.solve(head.weight.detach(), None)[0].stored().dequantize()
+            head.weight = nn.Parameter(W_hat.to(head.weight.dtype), requires_grad=False)
         return model if self.dtype is None else model.to(getattr(torch, self.dtype))
 
     def predicted(self) -> int | None:

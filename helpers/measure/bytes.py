@@ -11,6 +11,7 @@ from helpers.models.checkpoint import format_for
 from helpers.models.formats import ANY
 from helpers.models.layers import linears
 from helpers.models.method import Format, Method, Plan
+from helpers.models.source import lasting_buffers
 from helpers.quantizers.affine import GroupSizeError
 
 NOT_WEIGHTS = ("quant_state", "weight_format")  # what bitsandbytes notes of a linear, some hundred bytes
@@ -24,7 +25,7 @@ def predicted_bytes(config: PretrainedConfig, plan: Plan | Method | None = None,
     """
     with torch.device("meta"):  # shapes without memory
         model = AutoModelForCausalLM.from_config(config)
-    total = 2 * model.num_parameters()
+    total = 2 * model.num_parameters() + sum(b.numel() * b.element_size() for b in lasting_buffers(model).values())
     if plan is None:
         return total
     plan = Plan.of(plan)

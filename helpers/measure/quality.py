@@ -135,7 +135,7 @@ class Judge:
             answer = everything & (position >= torch.tensor([self.items[i].start for i in batch])[:, None])
             parts = list(self._values(model, n, ids))
             values, right = (torch.cat(p, -1).cpu() for p in zip(*parts, strict=True))
-            if not torch.isfinite(values[0][everything]).all():
+            if not torch.isfinite(values[:2, everything]).all():
                 raise ValueError("the model's logits are not finite: its weights are damaged or overflow in this dtype")
             for k, mask in enumerate((everything, answer)):
                 sums[k, :3, batch] = torch.where(mask, values, 0).sum(2).T.numpy()
@@ -239,6 +239,6 @@ def parses(said: str) -> bool:
 
 def is_correct(example: Example, said: str) -> bool:
     """Exact match: for structured tasks the same JSON value, else the same words (case and a final stop aside)."""
-    if TASKS[example.task].structured:
+    if example.task in TASKS and TASKS[example.task].structured:
         return parses(said) and json.loads(said) == json.loads(example.answer)
     return said.strip().rstrip(".").casefold() == example.answer.casefold()

@@ -74,7 +74,7 @@ def examples(split: str = "judge", tasks: Sequence[str] | None = None, limit: in
 def applicable(tokenizer, tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
     """The tasks a model can be asked: all for the model that was trained on this world, else those in the request."""
     bundled = "<|assistant|>" in tokenizer.get_vocab() and "ĠSaltby" in tokenizer.get_vocab()
-    return [t for t in tasks if bundled or not TASKS[t].world]
+    return [t for t in tasks if bundled or t not in TASKS or not TASKS[t].world]
 
 
 def render(tokenizer, example: Example, shots: Sequence[Example] = ()) -> tuple[str, str]:
@@ -103,8 +103,11 @@ def encode_all(tokenizer, asked: Sequence[Example], config=None) -> list[Item]:
     """Those of the examples that a model's context holds; says how many it does not. Raises BadData if that is all."""
     context, items = context_of(tokenizer, config), []
     for example in asked:
-        if len(tokenizer.encode(render(tokenizer, example)[1], add_special_tokens=False)) <= context:
-            items.append(encode(tokenizer, example))
+        try:
+            item = encode(tokenizer, example)
+        except BadData:  # longer than the tokenizer's own limit
+            continue
+        items += [item] if len(item.ids) <= context else []
     if not items:
         raise BadData(f"none of {len(asked)} questions fits a context of {context} tokens")
     if len(items) < len(asked):

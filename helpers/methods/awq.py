@@ -39,7 +39,7 @@ class Awq(Method):
 
     def prepare(self, step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any]
                 ) -> dict[str, Notes]:
-        notes = scale_folds(step, folds, kept, self.bits, self.group_size) if self.scale else {}
+        notes = scale_folds(step, mine, folds, kept, self.bits, self.group_size) if self.scale else {}
         for n in clippable(mine) if self.clip else ():
             W = step.block.get_submodule(n).weight
             if divides(self.group_size, W):
@@ -47,7 +47,7 @@ class Awq(Method):
         return notes
 
     def solve(self, W: Tensor, kept: Any) -> tuple[Quantized, Notes]:
-        return awq.quantize_awq(W, self.bits, self.group_size), {}
+        return awq.quantize_awq(W.float(), self.bits, self.group_size), {}
 
 
 def divides(group_size: int, W: Tensor) -> bool:
@@ -60,17 +60,19 @@ def clippable(names: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def scale_folds(step: Step, folds: Sequence[Fold], kept: MutableMapping[str, Any], bits: int, group_size: int
-                ) -> dict[str, Notes]:
-    """Find the scale of each fold and fold it; `kept` follows. Readers that stay in 16 bits are scaled along, and not hurt."""
+def scale_folds(step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any], bits: int,
+                group_size: int) -> dict[str, Notes]:
+    """Find the scale of each fold that is best for those of its readers that are rounded (`mine`), and fold it; `kept`
+    follows. Readers that stay in 16 bits are scaled along, and not hurt."""
     notes = {}
     for fold in folds:
-        gram, W = kept[fold.linears[0]], torch.cat([step.block.get_submodule(n).weight for n in fold.linears]).float()
+        readers = [n for n in fold.linears if n in mine]
+        gram, W = kept[readers[0]], torch.cat([step.block.get_submodule(n).weight for n in readers]).float()
         if not divides(group_size, W):
             continue
         candidates = awq.candidate_scales(gram.x_mean(), awq.weight_saliency(W, group_size))
         best = awq.search_scale(candidates, awq.gram_loss(W, gram.H, bits, group_size))
         fold_scale(step.block, fold, best.scale)
         kept |= dict.fromkeys(fold.linears, gram.scaled(best.scale))
-        notes[fold.linears[0]] = {"ratio": best.ratio}
+        notes[readers[0]] = {"ratio": best.ratio}
     return notes

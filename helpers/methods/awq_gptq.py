@@ -20,4 +20,4 @@ class AwqGptq(Gptq):
 
     def prepare(self, step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any]
                 ) -> dict[str, Notes]:
-        return scale_folds(step, folds, kept, self.bits, self.group_size)
+        return scale_folds(step, mine, folds, kept, self.bits, self.group_size)

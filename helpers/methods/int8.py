@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers.models.formats import INT8, Int8
 from helpers.models.method import Format, Method, Notes
+from helpers.quantizers.affine import check
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RowInt8(Method):
         return (INT8,)
 
     def solve(self, W: Tensor, kept: Any) -> tuple[Int8, Notes]:
+        check(W, 8, -1)
         absmax = W.float().abs().amax(1)
         codes = torch.round(W.float() * (127 / absmax.clamp(min=1e-38))[:, None]).clamp(-127, 127).to(torch.int8)
         return Int8(codes, absmax), {}

@@ -37,6 +37,7 @@ class AutoGptq(Gptq):
     """GPTQ as auto-gptq 0.7.1: sequence by sequence, linear by linear, with stale scales inside a block of 128."""
 
     name: ClassVar[str] = "autogptq"
+    reference: ClassVar[bool] = True
     keeps: ClassVar[type[Gram]] = AutoGptqGram
     stacks: ClassVar[bool] = False
     at_once: ClassVar[int] = 1
@@ -68,6 +69,7 @@ class AutoAwq(Awq):
     of 20 candidates. All sequences must be equally long, and go through at once, on the inputs of the unquantized model."""
 
     name: ClassVar[str] = "autoawq"
+    reference: ClassVar[bool] = True
     keeps: ClassVar[type] = Inputs
     inputs: ClassVar[str] = "model"
     at_once: ClassVar[int] = 2**62
@@ -87,6 +89,9 @@ class AutoAwq(Awq):
             if divides(self.group_size, W):
                 W.copy_(awq.clip(W, awq.clip_by_inputs(W, inputs[n].flatten(0, -2), self.bits, self.group_size)))
         return notes
+
+    def solve(self, W: Tensor, kept: Any) -> tuple[Quantized, Notes]:
+        return awq.quantize_awq(W, self.bits, self.group_size), {}
 
     def _search(self, step: Step, fold: Fold, x: Tensor) -> awq.Search:
         """The candidate of least error of what holds the fold's linears: the attention, the MLP, or the one linear."""

@@ -17,7 +17,7 @@ from helpers.models.formats import FormatError
 from helpers.models.layers import left_alone
 from helpers.models.method import Format, Method, Outcome, Plan, PlanError
 from helpers.models.quantize import in_fp16, quantize_model
-from helpers.models.source import Source
+from helpers.models.source import Source, lasting_buffers
 from helpers.models.walk import Step
 from helpers.results import versions
 
@@ -65,9 +65,10 @@ class Writer:
             self.shards.append(list(self.tensors))
             self.tensors = {}
 
-    def finish(self, outside: Mapping[str, Tensor], outcome: Outcome, **provenance) -> None:
+    def finish(self, outside: Mapping[str, Tensor], buffers: Mapping[str, Tensor], outcome: Outcome, **provenance) -> None:
         """The tensors outside of the blocks, settings, hashes and provenance; then the folder takes its name."""
         self.add_parameters(iter(outside.items()), Outcome())
+        self.tensors |= {n: b.detach().cpu().contiguous() for n, b in buffers.items()}
         self._flush()
         names = [f"model-{i + 1:05}-of-{len(self.shards):05}.safetensors" for i in range(len(self.shards))]
         if len(names) == 1:
@@ -80,6 +81,7 @@ class Writer:
         quantized = [t.removesuffix(".qweight") for shard in self.shards for t in shard if t.endswith(".qweight")]
         settings = self.form.settings(self.plan, outcome.left, quantized)
         config = json.loads((self.source / "config.json").read_text()) | {"quantization_config": settings, "dtype": "float16"}
+        config |= {"torch_dtype": "float16"} if "torch_dtype" in config else {}  # the older name of the same field
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
         if settings["quant_method"] == "gptq":
             (self.folder / "quantize_config.json").write_text(json.dumps(settings, indent=1))
@@ -115,7 +117,8 @@ def quantize_to(out: Path, source: Path, plan: Plan | Method, sequences: Sequenc
     reader = Source.from_folder(source, device)
     provenance["not_linear"] = left_alone(reader.model)
     with Writer(out, plan, source, format_for(plan, form)) as writer:
-        outcome = quantize_model(reader, plan, sequences, writer.add, progress)
+        outcome = quantize_model(reader, plan, sequences, writer.add, progress, writer.form)
         with reader.present(reader.outside):
-            writer.finish({n: reader.model.get_parameter(n) for n in reader.outside}, outcome, **provenance)
+            outside = {n: reader.model.get_parameter(n) for n in reader.outside}
+            writer.finish(outside, lasting_buffers(reader.model), outcome, **provenance)
     return outcome

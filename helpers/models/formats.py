@@ -158,7 +158,8 @@ class BitsAndBytes:
     """What bitsandbytes' two formats have in common: the settings."""
 
     def reads(self, settings: Mapping) -> bool:
-        return settings.get("quant_method") == "bitsandbytes" and all(settings.get(k) == v for k, v in self.own.items())
+        return settings.get("quant_method") == "bitsandbytes" and all(
+            settings.get(k) == v for k, v in self.own.items() if "compute" not in k)
 
     def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str]) -> dict:
         return {"quant_method": "bitsandbytes", **self.own, "llm_int8_skip_modules": ["lm_head", *left]}

@@ -71,11 +71,12 @@ class Method:
     prepares: ClassVar[bool] = False  # `prepare` does, once all inputs of the block were seen
     stays: ClassVar[bool] = False  # nothing is quantized
     inputs: ClassVar[str | None] = None  # the one value of `Plan.inputs` that it can work with
+    reference: ClassVar[bool] = False  # another library's arithmetic, for comparison, not for use
     at_once: ClassVar[int] = 4096  # tokens in a calibration batch
     known: ClassVar[dict[str, "type[Method]"]] = {}  # by name, for command lines
 
     def __init_subclass__(cls) -> None:
-        Method.known.setdefault(cls.name, cls)
+        Method.known[cls.name] = cls
 
     def __post_init__(self) -> None:
         """The settings that several methods have."""
@@ -155,7 +156,7 @@ class Plan:
                 raise PlanError(f"{method} works on inputs of the {method.inputs} alone: Plan(..., inputs={method.inputs!r})")
         for pattern, _ in rules:
             try:
-                re.compile(pattern)
+                re.compile(f".*(?:{pattern}).*")  # as it stands in the settings of a file
             except re.error as error:
                 raise PlanError(f"rules: {pattern!r} is no regular expression: {error}") from error
 

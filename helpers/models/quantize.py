@@ -17,11 +17,13 @@ from helpers.quantizers.gptq import HessianError
 
 
 def quantize_model(model: nn.Module | Source, plan: Plan | Method, sequences: Sequence[Sequence[int]] = (),
-                   done: Callable[[Step, Outcome], None] | None = None, progress: bool = False) -> Outcome:
-    """Quantize the linears inside the blocks, in place: every weight becomes what a file would give back.
+                   done: Callable[[Step, Outcome], None] | None = None, progress: bool = False,
+                   form: Format | None = None) -> Outcome:
+    """Quantize the linears inside the blocks, in place: every weight becomes what a file gives back, in the model's dtype.
 
     `done(step, outcome)` is called after each block: of a `Source.from_folder` its weights go away then. Linears that cannot
-    be quantized so (a group size that does not divide their width) stay as they are, and are listed. Raises PlanError for a
+    be quantized so, or not in the format (`form`; else the plan's first), such as those whose width the group size does not
+    divide, stay as they are, and are listed. Raises PlanError for a
     plan that fits the model nowhere or not together, ValueError for calibration sequences that are missing or too long,
     HessianError if calibration leaves a linear without usable inputs.
     """
@@ -30,9 +32,9 @@ def quantize_model(model: nn.Module | Source, plan: Plan | Method, sequences: Se
     outcome = Outcome()
     for step in walk(source, *_inputs(plan, sequences), progress):
         outcome.tokens = step.stream.tokens
-        if plan.inputs == "model" and step.stream.batches:
+        if plan.inputs == "model" and step.stream.batches and not step.last:
             step.outputs = step.stream.through(step.block)
-        quantize_block(step, plan, outcome)
+        quantize_block(step, plan, outcome, form)
         if done:
             done(step, outcome)
     if source.folder is None:
@@ -81,7 +83,7 @@ def _inputs(plan: Plan, sequences: Sequence[Sequence[int]]) -> tuple[Sequence[Se
 
 
 @torch.no_grad()
-def quantize_block(step: Step, plan: Plan, outcome: Outcome) -> None:
+def quantize_block(step: Step, plan: Plan, outcome: Outcome, form: Format | None = None) -> None:
     """Quantize a block in place: prepare it, solve its linears, and leave the weights that a file would give back.
 
     Later groups and blocks are calibrated on the solver's own W_hat, with scales in fp32, as in the toolkits.
@@ -90,7 +92,7 @@ def quantize_block(step: Step, plan: Plan, outcome: Outcome) -> None:
     groups = [g for g in step.layout.groups if g]
     reached = {n for g in groups for n in g}
     methods = {n: m for n in names if not (m := plan.at(f"{step.name}.{n}")).stays and (n in reached or not m.keeps)}
-    for form in plan.formats()[:1]:
+    if form := form or next(iter(plan.formats()), None):
         methods = {n: m for n, m in methods.items() if _fits(form, f"{step.name}.{n}", step.block.get_submodule(n), m, outcome)}
     prepared, calibrated = ({g: k for g in groups if (k := _kind(step.name, g, methods, what))}
                             for what in ("prepares", "calibrated"))

@@ -16,7 +16,7 @@ from helpers.files import PROVENANCE, REPORT, file_hash
 from helpers.models.formats import ANY, FORMATS, FormatError, Stored
 from helpers.models.layers import UnknownStructure, linears
 from helpers.models.method import Codes, Format
-from helpers.models.source import shell, tied_names
+from helpers.models.source import lasting_buffers, shell, tied_names
 from helpers.quantizers.affine import GroupSizeError
 
 
@@ -123,7 +123,7 @@ def _stored(settings: Mapping, name: str) -> Stored:
 def _check_others(folder: Path, tensors: dict[str, Tensor], found: Mapping, model: PreTrainedModel, files: Mapping) -> None:
     """All other tensors: those that the model has, finite and of its shapes. Drops the zero biases that auto-gptq adds."""
     expected = {n: p.shape for n, p in model.named_parameters() if n.removesuffix(".weight") not in found}
-    expected |= {n: b.shape for n, b in model.named_buffers() if n in tensors}
+    expected |= {n: b.shape for n, b in lasting_buffers(model).items()}
     tied = tied_names(model)
     for name in [n for n in tensors if n not in expected]:
         if name not in tied and not (name.endswith(".bias") and not tensors[name].any()):

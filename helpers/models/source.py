@@ -90,6 +90,11 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return set(model._tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
 
 
+def lasting_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The buffers that are in the files, such as the biases of some routers."""
+    return {n: b for n, b in model.named_buffers() if n in model.state_dict().keys()}  # noqa: SIM118
+
+
 class Source:
     """A model whose weights are in memory, or on disk and read block by block; `device` is where all of it is computed."""
 
@@ -114,8 +119,9 @@ class Source:
         there = set(stored_names(folder))
         if any(n not in there for n, _ in source.model.named_parameters() if n not in tied_names(source.model)):
             return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval())
+        stored = dict(read_tensors(folder, there & lasting_buffers(source.model).keys()))
         for name, buffer in source.model.named_buffers():
-            set_module_tensor_to_device(source.model, name, source.device, buffer)
+            set_module_tensor_to_device(source.model, name, source.device, stored.get(name, buffer))
         return source
 
     @contextmanager

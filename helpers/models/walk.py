@@ -145,24 +145,31 @@ class Step:
         """
         missing = {g: kind for g, kind in kinds.items() if kind not in self.seen.setdefault(g, {})}
         if missing:
-            found = {g: _empty(self.block, g, kind) for g, kind in missing.items()}
-            count = [0]
+            found = {g: self.empty(g, missing[g]) for g in self.layout.groups if g in missing}
+            last = next(reversed(found))
 
             def see(group, args, _):
                 found[group].add(args[0])
-                count[0] += 1
-                if count[0] == len(found):
+                if group == last:
                     raise _Enough
 
             with hooked([(self.block.get_submodule(g[0]), partial(see, g)) for g in found]):
                 for batch in self.stream.batches:
-                    count[0] = 0
                     with suppress(_Enough):
                         self.stream.run(self.block, batch)
             for group, kept in found.items():
-                assert kept.tokens == self.stream.tokens, f"{group[0]} saw {kept.tokens} tokens of {self.stream.tokens}"
+                self.check(group, kept)
                 self.seen[group][missing[group]] = kept
         return {n: self.seen[g][kind] for g, kind in kinds.items() for n in g}
+
+    def empty(self, group: Sequence[str], kind: type) -> Any:
+        first = self.block.get_submodule(group[0])
+        return kind.of(first.in_features, first.weight.device)
+
+    def check(self, group: Sequence[str], kept: Any) -> None:
+        """Raises UnknownStructure if not every token went through a group, so that its inputs are not what they seem."""
+        if kept.tokens != self.stream.tokens:
+            raise UnknownStructure(f"{self.name}.{group[0]} saw {kept.tokens} tokens of {self.stream.tokens}")
 
     def grams(self, kind: type) -> dict[str, Any]:
         """`keep` for all linears of the block."""
@@ -182,19 +189,14 @@ class Step:
         with hooked([(self.block.get_submodule(g[0]), stop) for g in kinds]):
             runs = [greenlet(partial(self.stream.run, self.block, b)) for b in self.stream.batches]
             arrived = [run.switch() for run in runs]
-            for group in kinds:
-                kept = _empty(self.block, group, kinds[group])
-                for X in arrived:
+            for group, kind in kinds.items():
+                kept = self.empty(group, kind)
+                for X in (x for x, run in zip(arrived, runs, strict=True) if not run.dead):
                     kept.add(X)
+                self.check(group, kept)
                 yield group, kept
                 arrived = [run.switch() for run in runs]
-        assert all(run.dead for run in runs)
         self.outputs = self.stream.after(arrived)
-
-
-def _empty(block: nn.Module, group: Sequence[str], kind: type) -> Any:
-    first = block.get_submodule(group[0])
-    return kind.of(first.in_features, first.weight.device)
 
 
 def walk(model: nn.Module | Source, sequences: Sequence[Sequence[int]] = (), at_once: int = 4096,
@@ -224,26 +226,5 @@ def walk(model: nn.Module | Source, sequences: Sequence[Sequence[int]] = (), at_
 
 
 def first_step(model: nn.Module | Source, sequences: Sequence[Sequence[int]]) -> Step:
-    """The step at the first block: to look at one block and its inputs."""
+    """The step at the first block, to look at it and its inputs."""
     return next(walk(model, sequences))
-
-
-@torch.no_grad()
-def branches(model: nn.Module | Source, changes: Mapping[Any, Mapping[str, Tensor]],
-             sequences: Sequence[Sequence[int]]) -> Iterator[tuple[Any, Stream]]:
-    """(name, stream after the last block) of each change, {parameter: new value}, of a model in memory.
-
-    A branch shares all before the first block that it changes with the unchanged model, which is walked once.
-    """
-    source = Source.of(model)
-    for step in walk(source, sequences):
-        for name, change in changes.items():
-            if min(int(p.removeprefix(f"{source.path}.").split(".")[0]) for p in change) == step.stream.index:
-                before = {p: source.model.get_parameter(p).data for p in change}
-                for p, value in change.items():
-                    source.model.get_parameter(p).data = value.to(before[p])
-                try:
-                    yield name, step.stream.through(*list(source.blocks)[step.stream.index:])
-                finally:
-                    for p, value in before.items():
-                        source.model.get_parameter(p).data = value

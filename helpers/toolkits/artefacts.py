@@ -49,7 +49,7 @@ class Artefact:
 
     def with_group(self, size: int) -> Method:
         """The plan with this group size, if it has groups."""
-        return replace(self.plan, group_size=size) if self.plan.keeps else self.plan
+        return replace(self.plan, group_size=size) if hasattr(self.plan, "group_size") else self.plan
 
 
 ARTEFACTS = {

@@ -3,8 +3,14 @@
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from helpers.models.method import Format, Outcome
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of all files of an artefact."""
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 def same_codes(first: Path, second: Path) -> float:
@@ -12,7 +18,7 @@ def same_codes(first: Path, second: Path) -> float:
 
     Raises ValueError if they do not hold the same packed tensors.
     """
-    a, b = (load_file(folder / "model.safetensors") for folder in (first, second))
+    a, b = all_tensors(first), all_tensors(second)
     packed = sorted(k for k in a if k.endswith(".qweight"))
     if not packed or packed != sorted(k for k in b if k.endswith(".qweight")):
         raise ValueError(f"{first} and {second} do not hold the same packed linears")
@@ -27,7 +33,7 @@ def same_codes(first: Path, second: Path) -> float:
 
 def differing_words(outcome: Outcome, folder: Path, form: Format) -> tuple[int, int]:
     """(words that differ, words) of the packed codes, zeros and scales of an outcome and of a toolkit's artefact."""
-    theirs = load_file(folder / "model.safetensors")
+    theirs = all_tensors(folder)
     pairs = [(tensor, theirs[f"{name}.{end}"]) for name, q in outcome.codes.items()
              for end, tensor in form.pack(q).items() if end != "g_idx"]
     return sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
