@@ -67,7 +67,7 @@ model: $(ENV) sets
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
 
-# What each knob does to the answers (half an hour; goes on where it was stopped), and how fast it all is (20 minutes, on two
+# What each knob does to the answers (35 minutes on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps

@@ -1,4 +1,4 @@
-"""What each knob of the methods does to the bundled model's answers: `make sweeps`, half an hour on two cores.
+"""What each knob of the methods does to the bundled model's answers: `make sweeps`, some 35 minutes on one core.
 
 Lists of variants. Each is scored on the same questions of the judging set, into a cell (helpers/store.py): a sweep that was
 stopped goes on where it was. Those that are calibrated are quantized several times, each time on windows drawn anew from the

@@ -234,6 +234,7 @@ def left_after_fold(before, readers, plus_one=False):
     return (rest / change).item()
 
 
+# %%
 modules = {n: m for n, m in quiet.block.named_modules() if getattr(m, "weight", None) is not None}
 for readers in quiet.layout.groups:
     width = quiet.block.get_submodule(readers[0]).in_features
