@@ -123,7 +123,7 @@ guess = {4: 5, 3: 3, 2: 1}
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from helpers.measure.quality import generate, is_correct
+from helpers.measure.answers import generate, is_correct
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import common_group
 from helpers.models.quantize import quantized

@@ -262,7 +262,7 @@ for old, folder in originals.items():
 # %% tags=["nbval-ignore-output"]
 import time
 
-from helpers.measure.quality import greedy
+from helpers.measure.answers import greedy
 
 question = tokenizer.encode(render(tokenizer, asked[0])[0], add_special_tokens=False, return_tensors="pt").to(lm.device)
 for name in [n for n in ("gptqmodel-gptq", "gptqmodel-awq") if n in loaded]:

@@ -67,6 +67,10 @@ class Store:
     def path(self, name: str, key: Mapping) -> Path:
         return self.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:60]}-{key_hash(dict(key))}.npz"
 
+    def has(self, name: str, key: Mapping) -> bool:
+        """Whether the cell of this key is there."""
+        return self.path(name, key).is_file()
+
     def get(self, name: str, key: Mapping, compute: Callable[[], Mapping[str, np.ndarray]]) -> Cell:
         """The cell of this key, computed and stored if it is not there. Raises BadCell, and what `compute` raises."""
         path = self.path(name, key)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from helpers.measure import tasks
-from helpers.measure.quality import generate, score
+from helpers.measure.answers import generate
+from helpers.measure.quality import score
 from helpers.measure.tasks import Example, applicable, encode, encode_all, encode_text, examples, text
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import Fold, UnknownStructure, common_group, left_alone, linears

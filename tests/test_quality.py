@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from helpers.measure import quality
-from helpers.measure.quality import Judge, Scores, compare, generate, is_correct, parses, score
+from helpers.measure.answers import generate, is_correct, parses
+from helpers.measure.quality import Judge, Scores, compare, score
 from helpers.measure.tasks import Example, Item, encode, examples, render
 from helpers.methods.rtn import Rtn
 from helpers.models.quantize import quantized

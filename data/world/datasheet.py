@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from helpers import plots, results
 from helpers.files import folder_hash, write_atomically
-from helpers.measure.quality import Scores, generate, is_correct, parses, score
+from helpers.measure.answers import generate, is_correct, parses
+from helpers.measure.quality import Scores, score
 from helpers.measure.stats import mcnemar, share_interval
 from helpers.measure.tasks import TASKS, encode, encode_text, examples, text, title
 from helpers.methods.rtn import Rtn

@@ -37,6 +37,12 @@ class Quality:
     store: Store = field(default_factory=Store)
     device: str = "cpu"
 
+    name: str = "quality"
+
+    def __getstate__(self) -> dict:
+        """Without the judge, and the model that it holds, for another process."""
+        return {k: v for k, v in self.__dict__.items() if k != "judge"}
+
     @cached_property
     def judge(self) -> Judge:
         return Judge(self.items, self.reference.load(self.device))
@@ -49,8 +55,11 @@ class Quality:
 
     def cell(self, variant: Variant) -> Cell:
         """The scores of a variant, measured now if they are not stored."""
-        return self.store.get(variant.name, self.key | {"variant": variant.key()},
-                              lambda: self.judge.score(variant.load(self.device)).arrays())
+        return self.store.get(variant.name, self.key | {"variant": variant.key()}, lambda: self.of(variant))
+
+    def of(self, variant: Variant) -> dict[str, np.ndarray]:
+        """As named arrays, measured now."""
+        return self.judge.score(variant.load(self.device)).arrays()
 
     def scores(self, variant: Variant) -> Scores:
         return Scores.of(self.cell(variant).arrays)

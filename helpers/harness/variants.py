@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from inspect import getsource
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from helpers.files import PROVENANCE, file_hash, folder_hash, key_hash
-from helpers.measure.bytes import measured_bytes, predicted_bytes
+from helpers.measure.bytes import bits_a_weight, measured_bytes, predicted_bytes
+from helpers.methods.keep import Keep
 from helpers.models.formats import FORMATS
 from helpers.models.method import Method, Plan
 from helpers.models.quantize import quantized
@@ -28,6 +29,14 @@ class Variant(Protocol):
 
     name: str
 
+    @property
+    def plan(self) -> Plan | None:
+        """How it is quantized; None for a file that does not say."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the model: its shapes."""
+
     def key(self) -> dict[str, Any]:
         """All that decides its weights."""
 
@@ -39,6 +48,19 @@ class Variant(Protocol):
 
     def measured(self) -> int | None:
         """Bytes of its weights on disk; None for what is only simulated."""
+
+
+def kind(variant: Variant) -> str:
+    """The method's name, by which figures choose colours."""
+    return variant.plan.default.name if variant.plan else variant.name
+
+
+def bits(variant: Variant) -> float:
+    """Bits for each weight inside the blocks; of a file that does not say, from its bytes."""
+    if variant.plan is not None and (variant.plan.formats() or all(m.stays for m in variant.plan.methods())):
+        return bits_a_weight(variant.config, variant.plan)
+    saved = predicted_bytes(variant.config) - (variant.measured() or predicted_bytes(variant.config))
+    return 16 - 8 * saved / weights_inside(variant.config)
 
 
 @lru_cache(maxsize=2)
@@ -57,9 +79,15 @@ class Original:
     change: Callable[[nn.Module], nn.Module] | None = None
     name: str = "16 bits"
 
+    plan: ClassVar[Plan] = Plan(Keep())
+
     @property
     def folder(self) -> Path:
         return resolve(self.model, self.revision)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.folder)
 
     def key(self) -> dict[str, Any]:
         return {"weights": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
@@ -70,7 +98,7 @@ class Original:
         return self.change(copy.deepcopy(model)) if self.change else model
 
     def predicted(self) -> int:
-        return predicted_bytes(AutoConfig.from_pretrained(self.folder))
+        return predicted_bytes(self.config)
 
     def measured(self) -> int:
         return measured_bytes(self.folder)
@@ -81,6 +109,10 @@ class InFolder:
 
     folder: Path
     exact: bool
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.folder)
 
     def key(self) -> dict[str, Any]:
         return {"artefact": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "exact": self.exact}
@@ -110,9 +142,12 @@ class ToolkitArtefact(InFolder):
     def folder(self) -> Path:
         return artefacts.artefact(self.artefact, self.model, self.rebuild, self.revision)
 
+    @property
+    def plan(self) -> Plan:
+        return Plan.of(artefacts.plan_of(self.artefact, AutoConfig.from_pretrained(resolve(self.model, self.revision))))
+
     def predicted(self) -> int:
-        config = AutoConfig.from_pretrained(resolve(self.model, self.revision))
-        return predicted_bytes(config, artefacts.plan_of(self.artefact, config))
+        return predicted_bytes(AutoConfig.from_pretrained(resolve(self.model, self.revision)), self.plan)
 
 
 @dataclass(frozen=True)
@@ -124,9 +159,25 @@ class OurArtefact(InFolder):
     plan: Plan | Method
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", Plan.of(self.plan))
+
     def predicted(self) -> int:
         form = json.loads((self.folder / PROVENANCE).read_text())["format"]
-        return predicted_bytes(AutoConfig.from_pretrained(self.folder), self.plan, next(f for f in FORMATS if f.name == form))
+        return predicted_bytes(self.config, self.plan, next(f for f in FORMATS if f.name == form))
+
+
+@dataclass(frozen=True)
+class Folder(InFolder):
+    """A quantized model that somebody else made, in a folder of which nothing else is known."""
+
+    name: str
+    folder: Path
+    exact: bool = False
+    plan: ClassVar[None] = None
+
+    def predicted(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -143,11 +194,17 @@ class Simulation:
     head: Method | None = None
     dtype: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", Plan.of(self.plan))
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.base.config
+
     def key(self) -> dict[str, Any]:
-        plan = Plan.of(self.plan)
         # the code of our own methods is in the key of every cell; that of one from outside is not
-        outside = [getsource(type(m)) for m in plan.methods() if not type(m).__module__.startswith("helpers.")]
-        return {"base": self.base.key(), "plan": plan.key(), "tokens": key_hash([list(t) for t in self.tokens]),
+        outside = [getsource(type(m)) for m in self.plan.methods() if not type(m).__module__.startswith("helpers.")]
+        return {"base": self.base.key(), "plan": self.plan.key(), "tokens": key_hash([list(t) for t in self.tokens]),
                 "head": self.head and self.head.key(), "dtype": self.dtype} | ({"code": key_hash(outside)} if outside else {})
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
@@ -160,8 +217,7 @@ class Simulation:
         return model if self.dtype is None else model.to(getattr(torch, self.dtype))
 
     def predicted(self) -> int | None:
-        plan = Plan.of(self.plan)
-        return predicted_bytes(AutoConfig.from_pretrained(self.base.folder), plan) if plan.formats() else None
+        return predicted_bytes(self.config, self.plan) if self.plan.formats() else None
 
     def measured(self) -> None:
         return None

@@ -6,7 +6,7 @@ import time
 import pandas as pd
 import torch
 
-from helpers.measure.quality import greedy
+from helpers.measure.answers import greedy
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 Everything is kept per text, under the text's id, so that any two models are compared text by text (helpers/measure/stats.py).
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from helpers.measure.stats import Interval, ratio_interval
-from helpers.measure.tasks import TASKS, Example, Item, render
+from helpers.measure.tasks import Item
 
 PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
 REMEMBERED = 1 << 29  # log-probabilities of the reference that are kept for the next model: 2 GB
@@ -200,45 +198,3 @@ def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: n
 def score(model: nn.Module, items: Sequence[Item], reference: nn.Module | None = None, **options) -> Scores:
     """`compare` for a single model."""
     return compare({"model": model}, items, reference, **options)["model"]
-
-
-@torch.inference_mode()
-def generate(model: nn.Module, tokenizer, asked: Sequence[Example], shots: Sequence[Example] = (), batch_size: int = 64,
-             max_new_tokens: int = 64, progress: bool = False) -> list[str]:
-    """The model's own greedy answers, as text."""
-    answers: dict[int, str] = {}
-    prompts = [tokenizer.encode(render(tokenizer, e, shots)[0], add_special_tokens=False) for e in asked]
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)  # masked, so any will do
-    for at in tqdm(range(0, len(order), batch_size), disable=not progress, desc="generate", leave=False):
-        batch = order[at:at + batch_size]
-        rows = [torch.tensor(prompts[i]) for i in batch]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")
-        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                             generation_config=greedy(max_new_tokens, pad_token_id=pad))
-        said = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-        answers |= dict(zip(batch, (s.strip() for s in said), strict=True))
-    return [answers[i] for i in range(len(asked))]
-
-
-def greedy(new_tokens: int, **others) -> GenerationConfig:
-    """The likeliest token, and nothing else: some models' own settings bring a penalty that would apply even so."""
-    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, temperature=1.0, top_k=50, top_p=1.0,
-                            repetition_penalty=1.0, no_repeat_ngram_size=0, **others)
-
-
-def parses(said: str) -> bool:
-    """Whether an answer is JSON."""
-    try:
-        json.loads(said)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def is_correct(example: Example, said: str) -> bool:
-    """Exact match: for structured tasks the same JSON value, else the same words (case and a final stop aside)."""
-    if example.task in TASKS and TASKS[example.task].structured:
-        return parses(said) and json.loads(said) == json.loads(example.answer)
-    return said.strip().rstrip(".").casefold() == example.answer.casefold()

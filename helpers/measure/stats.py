@@ -1,10 +1,14 @@
 """Intervals and tests for paired measurements: the same texts through two models."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
+
+
+Z95 = float(stats.norm.ppf(0.975))
 
 
 class Interval(NamedTuple):
@@ -20,6 +24,15 @@ class Interval(NamedTuple):
     def verdict(self) -> str:
         """What a difference says if more is worse, as a loss is."""
         return "measurably worse" if self.low > 0 else "measurably better" if self.high < 0 else "no difference detectable"
+
+    def p_value(self) -> float:
+        """Two-sided, of "the difference is zero": as if the estimate were normal and this its 95 % interval."""
+        width = self.high - self.low
+        return float(2 * stats.norm.sf(abs(self.estimate) / width * 2 * Z95)) if width else float(self.estimate == 0)
+
+    def detectable(self, power: float = 0.8) -> float:
+        """The smallest difference that this sample would find in `power` of all cases, if this is its 95 % interval."""
+        return (self.high - self.low) / (2 * Z95) * (Z95 + stats.norm.ppf(power))
 
     def __str__(self) -> str:
         return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -85,3 +98,91 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> Flips:
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     p_value = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
     return Flips(lost, won, float(p_value))
+
+
+def mcnemar_power(changed: float, effect: float, questions: int, alpha: float = 0.05) -> float:
+    """How often the exact test finds that a share `effect` of the questions was lost, where `changed` of them change anyway,
+    half of them each way."""
+    p_changed = min(1.0, changed + effect)
+    if not p_changed:
+        return 0.0
+    pairs = np.arange(int(stats.binom.ppf(1e-4, questions, p_changed)), int(stats.binom.ppf(1 - 1e-4, questions, p_changed)) + 1)
+    critical = stats.binom.ppf(alpha / 2, pairs, 0.5)  # fewer than this on either side: p below alpha
+    lost = (changed / 2 + effect) / p_changed
+    seen = stats.binom.cdf(critical - 1, pairs, lost) + stats.binom.cdf(critical - 1, pairs, 1 - lost)
+    weight = stats.binom.pmf(pairs, questions, p_changed)
+    return float((seen * weight).sum() / weight.sum())
+
+
+def detectable_share(changed: float, questions: int, power: float = 0.8) -> float:
+    """The smallest difference of two shares of right answers that `mcnemar` finds in `power` of all cases, where `changed` of
+    the questions change their answer anyway; 1 if none is. At many questions (z + z) sqrt(changed / questions)."""
+    few, many = 0, questions
+    while many - few > 1:  # found the more often, the larger it is
+        middle = (few + many) // 2
+        few, many = (few, middle) if mcnemar_power(changed, middle / questions, questions) >= power else (middle, many)
+    return many / questions
+
+
+@lru_cache(maxsize=4)
+def _signs(resamples: int, texts: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.float32), (resamples, texts))
+
+
+def swap_test(differences: np.ndarray, resamples: int = 4000, seed: int = 0) -> float:
+    """p-value of "the two are exchangeable", two-sided: how often a sum as large comes up if the two results of each text
+    change places at random (Fisher's randomization test). `differences` [texts]; exact but for the number of resamples."""
+    d = np.asarray(differences, dtype=np.float32)
+    sums = _signs(resamples, len(d), seed) @ d
+    return float((1 + (np.abs(sums) >= abs(d.sum()) * (1 - 1e-5)).sum()) / (1 + resamples))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values corrected for their number (Holm 1979): below 0.05 for any of the true hypotheses at most 5 % of the time."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    return np.minimum(1.0, stepped)[np.argsort(order, kind="stable")]
+
+
+def quantile_interval(values: np.ndarray, q: float, confidence: float = 0.9) -> Interval:
+    """A percentile with its interval from order statistics, which assumes nothing of the distribution; a bound that so few
+    values do not give is infinite. At 0.9 each bound alone holds with 95 %: p95 has an upper one from 59 values on, p99
+    from 299. Raises ValueError if there is no value."""
+    x, n = np.sort(np.asarray(values, dtype=float)), len(values)
+    if not n:
+        raise ValueError("values: expected at least one, got none")
+    side = (1 + confidence) / 2
+    fewer = stats.binom.cdf(np.arange(n), n, q)  # [k - 1]: P(fewer than k values lie below the percentile)
+    high, low = np.flatnonzero(fewer >= side), np.flatnonzero(1 - fewer >= side)
+    return Interval(float(np.quantile(x, q)), x[low[-1]] if len(low) else -np.inf, x[high[0]] if len(high) else np.inf)
+
+
+def share_difference(after: np.ndarray, before: np.ndarray, ratio: float = 1.0, confidence: float = 0.95) -> Interval:
+    """Interval of share(after) - ratio share(before), of right answers to the same questions (Newcombe 1998, method 10: two
+    Wilson intervals and the correlation of the answers). It has a width even where no answer changed."""
+    after, before = np.asarray(after, dtype=bool), np.asarray(before, dtype=bool)
+    if after.shape != before.shape or not len(after):
+        raise ValueError(f"expected answers to the same questions, got {after.shape} and {before.shape}")
+    a, b = (share_interval(x.sum(), len(x), confidence) for x in (after, before))
+    both = np.std(after) * np.std(before)
+    phi = float(np.mean(after * before) - after.mean() * before.mean()) / both if both else 0.0
+
+    def reach(of_a: float, of_b: float) -> float:
+        return np.sqrt(max(0.0, of_a**2 + (ratio * of_b) ** 2 - 2 * phi * of_a * ratio * of_b))
+
+    at = a.estimate - ratio * b.estimate
+    down, up = reach(a.estimate - a.low, b.high - b.estimate), reach(a.high - a.estimate, b.estimate - b.low)
+    return Interval(at, at - down, at + up)
+
+
+def recovery_interval(after: np.ndarray, before: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Interval of share(after) / share(before): the ratios at which `share_difference` contains zero. Raises ValueError if
+    `before` has no right answer, so that there is nothing to recover."""
+    if not np.any(before):
+        raise ValueError("no right answer before, so nothing to recover")
+
+    def edge(of: Callable[[Interval], float]) -> float:
+        return optimize.brentq(lambda r: of(share_difference(after, before, r, confidence)), -1.0, 2.0 / np.mean(before) + 2)
+
+    return Interval(float(np.mean(after) / np.mean(before)), max(0.0, edge(lambda i: i.low)), edge(lambda i: i.high))

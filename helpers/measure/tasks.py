@@ -1,8 +1,10 @@
 """Questions with right answers and texts to score, each with an id that stays: what any two results are paired by."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from helpers.models.source import DATA
@@ -39,12 +41,13 @@ def identify(task: str, *parts: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One request with the answer that is right."""
+    """One request with the answer that is right; `schema`, a JSON schema that the answer has to hold."""
 
     task: str
     prompt: str
     answer: str
     id: str = field(default="")
+    schema: dict | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -123,7 +126,7 @@ def text(name: str) -> list[str]:
     return read_text(path)
 
 
-def encode_text(tokenizer, passages: Sequence[str], length: int = 512) -> list[Item]:
+def encode_text(tokenizer, passages: Sequence[str], length: int = 512, domain: str = "text") -> list[Item]:
     """Passages as separate items of at most `length` tokens, each begun with the start token if the model has one."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     items = []
@@ -131,5 +134,37 @@ def encode_text(tokenizer, passages: Sequence[str], length: int = 512) -> list[I
         ids = tokenizer.encode(f" {passage}", add_special_tokens=False)
         step = length - len(start)
         pieces = [start + ids[i:i + step] for i in range(0, len(ids), step)]
-        items += [Item(tuple(p), 1, "text", identify("text", passage, str(n))) for n, p in enumerate(pieces) if len(p) > 1]
+        items += [Item(tuple(p), 1, domain, identify("text", passage, str(n))) for n, p in enumerate(pieces) if len(p) > 1]
     return items
+
+
+def read_prompts(path: Path) -> list[Example]:
+    """Questions of one's own, a .jsonl of {"prompt", and if there are any "answer", "task", "id", "schema"}. A question without
+    an answer has the answer ""; `answered` fills it in. Raises BadData naming file, line and what was expected."""
+    found = []
+    for n, record in enumerate(read_jsonl(path), 1):
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+            raise BadData(f'{path}:{n}: expected {{"prompt": text that is not empty, ...}}')
+        if bad := sorted(set(record) - {"prompt", "answer", "task", "id", "schema"}):
+            raise BadData(f"{path}:{n}: unknown field {bad[0]!r}: expected prompt, answer, task, id or schema")
+        if bad := [k for k, kind in {"answer": str, "task": str, "id": str, "schema": dict}.items()
+                   if not isinstance(record.get(k, kind()), kind)]:
+            raise BadData(f"{path}:{n}: {bad[0]}: expected {'an object' if bad[0] == 'schema' else 'text'}")
+        task = record.get("task", "prompts")
+        found.append(Example(task, record["prompt"], record.get("answer", ""), record.get("id") or identify(
+            task, record["prompt"], record.get("answer", "")), record.get("schema")))
+    if twice := [i for i, times in Counter(e.id for e in found).items() if times > 1]:
+        raise BadData(f"{path}: {twice[0]!r} is there twice: results could not be paired by it")
+    return found
+
+
+def split(asked: Sequence[Example], tune: float = 1 / 3) -> tuple[list[Example], list[Example]]:
+    """(to choose settings by, to judge by): each question goes where a hash of its id says, whatever else is in the file."""
+    first = [e for e in asked if int(hashlib.sha256(e.id.encode()).hexdigest()[:8], 16) < tune * 2**32]
+    return first, [e for e in asked if e not in first]
+
+
+def distance(tokenizer, example: Example) -> int | None:
+    """Tokens from the last place in the request that says the answer to the request's end; None where it is not in it."""
+    at = example.prompt.rfind(example.answer) if example.answer else -1
+    return None if at < 0 else len(tokenizer.encode(example.prompt[at + len(example.answer):], add_special_tokens=False))

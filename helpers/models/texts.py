@@ -17,7 +17,11 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         raise BadData(f"{path} is missing; `make sets` writes the files of data/eval, data/calibration and data/text")
     records = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path} is not UTF-8 text: {error}") from error
+    for n, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:

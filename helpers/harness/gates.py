@@ -1,0 +1,236 @@
+"""Limits that a variant has to keep, read from a YAML file, and what each says of it: pass, fail, or undecided.
+
+A gate compares an interval with a limit. Each of the interval's bounds holds with 95 % (so it is a 90 % interval): a variant
+that misses its limit passes at most one time in twenty, one that keeps it fails at most as often.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import numpy as np
+import yaml
+
+from helpers.harness.measured import Measured, NotMeasured
+from helpers.measure.stats import Interval, quantile_interval, ratio_interval, recovery_interval, share_interval
+
+SCHEMA = json.loads(Path(__file__).with_name("gates.schema.json").read_text())
+PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
+GATES = 0.9  # confidence of the intervals
+WORDS = {"pattern": 'a limit such as "< 0.05", of a latency "p(95) < 450"', "maximum": "at most 1", "minimum": "no less"}
+Quantity = Callable[[Measured, Measured], Interval]  # of (the variant, full precision)
+
+
+class BadGates(ValueError):
+    """A gates file that cannot be read, or asks for what cannot be."""
+
+
+class Finding(NamedTuple):
+    """What one gate says of one variant; `interval` is None where nothing was measured."""
+
+    gate: str
+    outcome: str
+    interval: Interval | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit: `of` measures, and has to be below ("<") or above (">") `limit`."""
+
+    field: str
+    of: Quantity
+    below: bool
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.field} {'<' if self.below else '>'} {self.limit:.6g}"
+
+    def check(self, variant: Measured, full: Measured) -> Finding:
+        try:
+            i = self.of(variant, full)
+        except NotMeasured as error:
+            return Finding(str(self), UNDECIDED, None, str(error))
+        inside = i.high < self.limit if self.below else i.low > self.limit
+        outside = i.low >= self.limit if self.below else i.high <= self.limit
+        outcome = PASS if inside else FAIL if outside else UNDECIDED
+        return Finding(str(self), outcome, i, f"{shown(i)}{self.needed(i) if outcome == UNDECIDED else ''}")
+
+    def needed(self, i: Interval) -> str:
+        """How many times the sample would decide, if the estimate stays what it is: widths fall with its square root."""
+        if not np.isfinite([i.low, i.high]).all():
+            return ": too few values for this percentile"
+        gap, reach = abs(self.limit - i.estimate), (i.high - i.estimate if self.below == (i.estimate < self.limit)
+                                                    else i.estimate - i.low)
+        return ": at its limit" if gap == 0 else f": {(reach / gap) ** 2:.2g} times the sample would decide"
+
+
+def shown(i: Interval) -> str:
+    """An estimate, with its interval if it has a width, to four digits."""
+    return f"{i.estimate:.4g}" if i.low == i.high else f"{i.estimate:.4g} [{i.low:.4g}, {i.high:.4g}]"
+
+
+def exactly(value: float) -> Interval:
+    return Interval(float(value), float(value), float(value))
+
+
+def recovery(task: str) -> Quantity:
+    def of(variant: Measured, full: Measured) -> Interval:
+        after, before = variant.right(task), full.right(task)
+        if not before.any():
+            raise NotMeasured(f"full precision has none of {len(before)} answers right: ask what it can do")
+        return recovery_interval(after, before, GATES)
+
+    return of
+
+
+def exact(task: str) -> Quantity:
+    return lambda variant, _: share_interval(variant.right(task).sum(), len(variant.right(task)), GATES)
+
+
+def agreement(_: str) -> Quantity:
+    def of(variant: Measured, _: Measured) -> Interval:
+        sums = variant.sums("overall")
+        return ratio_interval(sums.agree, sums.tokens, GATES)
+
+    return of
+
+
+def kl(name: str) -> Quantity:
+    def of(variant: Measured, _: Measured) -> Interval:
+        sums = variant.sums(name)
+        return ratio_interval(sums.kl, sums.tokens, GATES)
+
+    return of
+
+
+def delta_nll(name: str) -> Quantity:
+    def of(variant: Measured, full: Measured) -> Interval:
+        after, before = variant.sums(name), full.sums(name)
+        return ratio_interval(after.nll - before.nll, after.tokens, GATES)
+
+    return of
+
+
+def perplexity(name: str) -> Quantity:
+    def of(variant: Measured, _: Measured) -> Interval:
+        sums = variant.sums("texts" if name == "overall" else name)
+        return Interval(*np.exp(ratio_interval(sums.nll, sums.tokens, GATES)))
+
+    return of
+
+
+def form(part: str) -> Quantity:
+    def of(variant: Measured, _: Measured) -> Interval:
+        holds = variant.form_of(part)
+        return share_interval(holds.sum(), len(holds), GATES)
+
+    return of
+
+
+def percentile(what: str, q: float, rate: float | None = None) -> Quantity:
+    return lambda variant, _: quantile_interval(variant.latency_of(what, rate), q, GATES)
+
+
+def errors(rate: float) -> Quantity:
+    return lambda variant, _: share_interval(*variant.errors_at(rate), GATES)
+
+
+def portability(variant: Measured, _: Measured) -> Interval:
+    works, unknown = variant.engines()
+    return Interval(works, works, works + unknown)
+
+
+def read_gates(path: Path) -> list[Gate]:
+    """The gates of a YAML file. Raises BadGates naming file, field and what was expected."""
+    try:
+        asked = yaml.load(path.read_text(encoding="utf-8"), _OneKey)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadGates(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        return parse_gates(asked)
+    except BadGates as error:
+        raise BadGates(f"{path}: {error}") from error
+
+
+def parse_gates(asked: Any) -> list[Gate]:
+    """The gates of what a YAML file holds. Raises BadGates naming field and what was expected."""
+    found = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(asked), key=lambda e: list(map(str, e.absolute_path)))
+    if found:
+        raise BadGates(_explained(found[0]))
+    gates = list(_gates(asked))
+    for below in (g for g in gates if g.below):
+        for above in (g for g in gates if not g.below and g.field == below.field):
+            if above.limit >= below.limit:
+                raise BadGates(f"{below.field}: {below} and {above} contradict each other: nothing could pass")
+    return gates
+
+
+def _gates(asked: Mapping) -> Iterator[Gate]:
+    for field, of in {"recovery": recovery, "exact": exact, "agreement": agreement}.items():
+        for name, least in _by_name(asked.get(field)):
+            yield _least(f"{field}{name and '.' + name}", of(name or "overall"), least)
+    for field, of in {"kl": kl, "delta_nll": delta_nll, "perplexity": perplexity}.items():
+        for name, limits in _by_name(asked.get(field)):
+            yield from _limits(f"{field}{name and '.' + name}", of(name or "overall"), limits)
+    for part, least in asked.get("form", {}).items():
+        yield _least(f"form.{part}", form(part), least)
+    yield from _percentiles(asked)
+    if served := asked.get("served"):
+        yield from _percentiles(served, served["rate"])
+        yield from _limits("served.errors", errors(served["rate"]), served.get("errors", []))
+    yield from _limits("memory_bytes", lambda v, _: exactly(v.bytes), asked.get("memory_bytes", []))
+    yield from _limits("peak_bytes", lambda v, _: exactly(v.peak()), asked.get("peak_bytes", []))
+    if where := asked.get("fits"):
+        gpu, context, batch = where["gpu_gb"], where["context"], where.get("batch", 1)
+        field = f"fits {gpu:g} GB at {batch} x {context} tokens: bytes"
+        yield Gate(field, lambda v, _: exactly(v.fit(gpu, context, batch).total), True, gpu * 1e9)
+    if least := asked.get("portability"):
+        yield Gate("portability", portability, False, least - 0.5)
+
+
+def _least(field: str, of: Quantity, least: float) -> Gate:
+    return Gate(field, of, False, least - 1e-9)  # to be just as much is enough
+
+
+def _limits(field: str, of: Quantity, limits: str | list) -> Iterator[Gate]:
+    for limit in [limits] if isinstance(limits, str) else limits:
+        yield Gate(field, of, "<" in limit, float(limit.strip("<> ")))
+
+
+def _percentiles(asked: Mapping, rate: float | None = None) -> Iterator[Gate]:
+    for what in ("ttft_ms", "itl_ms", "e2el_ms"):
+        for limit in [asked[what]] if isinstance(asked.get(what), str) else asked.get(what, []):
+            q, sign, number = re.match(r"\s*p\((\d+)\)\s*([<>])\s*(\S+)", limit).groups()
+            field = f"{'' if rate is None else f'served at {rate:g}/s, '}{what} p({q})"
+            yield Gate(field, percentile(what, int(q) / 100, rate), sign == "<", float(number))
+
+
+def _by_name(asked: Any) -> Iterator[tuple[str, Any]]:
+    """("", limit) for a limit alone, else (name, limit) for each."""
+    if asked is not None:
+        yield from asked.items() if isinstance(asked, dict) else [("", asked)]
+
+
+def _explained(error: jsonschema.ValidationError) -> str:
+    """The field of a schema's error and what was expected there."""
+    deepest = jsonschema.exceptions.best_match([error])
+    where = ".".join(map(str, deepest.absolute_path)) or "the file"
+    if deepest.validator == "additionalProperties":
+        known = ", ".join(deepest.schema["properties"])
+        return f"{where}: {deepest.message.split('(')[-1].rstrip(')')}: expected some of {known}"
+    return f"{where}: {deepest.instance!r}: expected {WORDS.get(deepest.validator, deepest.message)}"
+
+
+class _OneKey(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently drop one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k) for k, _ in node.value]
+        if twice := {k for k in keys if keys.count(k) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice.pop()!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
