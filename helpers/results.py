@@ -35,10 +35,10 @@ def machine() -> dict[str, Any]:
             "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, as far as installed."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide a result and of `others`, as far as installed."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -40,14 +40,17 @@ class Job:
     calibrated: bool = True  # needs tokens
 
 
-def main(work: Callable[[Job, Path], dict]) -> None:
-    """The entry point of a toolkit's process: JOB and OUT from the command line, a report left in OUT."""
+def main(work: Callable[[Job, Path], dict], *packages: str) -> None:
+    """The entry point of a toolkit's process: JOB and OUT from the command line, a report left in OUT.
+
+    `packages`: those whose versions are to be in the report beside the usual ones.
+    """
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     out = Path(sys.argv[2])
     started = time.perf_counter()
     report = work(job, out)
     report |= {"seconds": round(time.perf_counter() - started, 2), "method": job.method, "settings": job.settings,
-               "calibration_tokens": sum(map(len, job.tokens)), "machine": machine(), "versions": versions(),
+               "calibration_tokens": sum(map(len, job.tokens)), "machine": machine(), "versions": versions(*packages),
                "sha256": hashes(out)}
     write_atomically(out / REPORT, json.dumps(report, indent=1) + "\n")
 
