@@ -6,7 +6,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ def versions(*others: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def versions_in(folder: Path) -> dict[str, str]:
+    """Versions of all packages that are installed in a folder."""
+    return dict(sorted((d.name, d.version) for d in distributions(path=[str(folder)])))
 
 
 @dataclass(frozen=True)
