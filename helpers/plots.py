@@ -13,9 +13,9 @@ from helpers.measure.tasks import title
 # method -> (colour, marker); Okabe-Ito colours, told apart by the marker where colours are not
 METHODS = {
     "fp16": ("#000000", "o"), "int8": ("#8C8C8C", "s"), "rtn": ("#56B4E9", "v"), "nf4": ("#009E73", "D"),
-    "gptq": ("#0072B2", "^"), "awq": ("#D55E00", "P"),
+    "gptq": ("#0072B2", "^"), "awq": ("#D55E00", "P"), "autoround": ("#CC79A7", "X"),
 }
-OTHERS = [("#CC79A7", "X"), ("#E69F00", "*"), ("#7F3C8D", "<"), ("#4B4B8F", ">"), ("#A0522D", "h"), ("#3C7F6A", "d")]
+OTHERS = [("#E69F00", "*"), ("#7F3C8D", "<"), ("#4B4B8F", ">"), ("#A0522D", "h"), ("#3C7F6A", "d")]
 
 
 def looks(names: Iterable[str], kinds: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:

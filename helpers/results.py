@@ -6,7 +6,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,20 @@ def machine() -> dict[str, Any]:
             "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, as far as installed."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide a result and of `others`, as far as installed."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def versions_in(folder: Path) -> dict[str, str]:
+    """Versions of all packages that are installed in a folder."""
+    return dict(sorted((d.name, d.version) for d in distributions(path=[str(folder)])))
 
 
 @dataclass(frozen=True)

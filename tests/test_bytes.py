@@ -12,7 +12,7 @@ from helpers.models.checkpoint import quantize_to
 from helpers.models.formats import AWQ, GPTQ_V2
 from helpers.models.method import Plan, PlanError
 from helpers.models.source import BUNDLED
-from helpers.toolkits.artefacts import COMMITTED, plan_of
+from helpers.toolkits.artefacts import ARTEFACTS, COMMITTED, plan_of
 
 LLAMA_2_70B = LlamaConfig(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                           num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False)
@@ -72,7 +72,7 @@ def test_a_method_without_a_file_has_no_size():
         predicted_bytes(LLAMA_2_70B, Nf4(block_size=128))
 
 
-@pytest.mark.parametrize("name", [None, "bitsandbytes-nf4", "gptqmodel-gptq", "gptqmodel-awq", "autogptq-gptq", "autoawq-awq"])
+@pytest.mark.parametrize("name", [None, *(n for n in ARTEFACTS if n != "bitsandbytes-int8")])
 def test_files_hold_the_predicted_bytes(name):
     """To the byte: nothing forgotten and nothing padded."""
     folder, plan = (COMMITTED / name, plan_of(name, BUNDLED_CONFIG)) if name else (BUNDLED, None)

@@ -92,6 +92,13 @@ def render(tokenizer, example: Example, shots: Sequence[Example] = ()) -> tuple[
     return chat(tokenizer, turns, ask=True), chat(tokenizer, answered)
 
 
+def questions(tokenizer, count: int = 20) -> list[list[int]]:
+    """Prompts of the judging set as tokens, a first of each task before a second of any."""
+    rounds = -(-count // len(tasks := applicable(tokenizer)))
+    asked = [e for n in range(rounds) for e in examples("judge", tasks, rounds)[n::rounds]][:count]
+    return [tokenizer.encode(render(tokenizer, e)[0], add_special_tokens=False) for e in asked]
+
+
 def encode(tokenizer, example: Example, shots: Sequence[Example] = ()) -> Item:
     """An example as tokens, the answer marked. Raises BadData if it is longer than the model's context."""
     prompt, whole = (tokenizer.encode(s, add_special_tokens=False) for s in render(tokenizer, example, shots))

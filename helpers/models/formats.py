@@ -66,7 +66,8 @@ def finite(name: str, t: Tensor) -> Tensor:
 def _read_grid(tensors: Mapping[str, Tensor], codes: Tensor, zeros: Tensor, g_idx: Tensor, method: Stored) -> Quantized:
     """Codes with their grid, when the values are such as the settings allow."""
     scale, middle = finite("scales", tensors["scales"]).T.float().contiguous(), 2 ** (method.bits - 1)
-    if (scale < 0).any():
+    # a symmetric grid has a step more below zero than above: AutoRound turns it to the side that needs it
+    if not method.sym and (scale < 0).any():
         raise FormatError("scales has values below zero")
     if method.sym and (zeros != middle).any():
         raise FormatError(f"qzeros has zero points other than {middle}, but the settings say sym")

@@ -89,7 +89,7 @@ def _read_linear(own: dict[str, Tensor], form: Format, settings: Mapping, name: 
     try:
         method = _stored(settings, name)
         specs = form.specs(linear.out_features, linear.in_features, method)
-        if "g_idx" in specs and "g_idx" not in own:
+        if "g_idx" in specs and "g_idx" not in own and not settings.get("desc_act"):
             own["g_idx"] = torch.arange(linear.in_features, dtype=torch.int32) // (linear.in_features // specs["scales"][1][0])
         if own.keys() != specs.keys():
             raise FormatError(f"has {sorted(own)}, expected {sorted(specs)}")

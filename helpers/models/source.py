@@ -1,5 +1,6 @@
 """A model by one name ("bundled", a local folder, or a hub id with a revision), whole in memory or read block by block."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,12 @@ def shell(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """The tokens that end an answer, by a folder's config.json and generation_config.json."""
+    said = [json.loads(path.read_text()).get("eos_token_id") for path in folder.glob("*config.json")]
+    return sorted({e for s in said if s is not None for e in (s if isinstance(s, list) else [s])})
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -46,6 +46,7 @@ class Artefact:
     method: str
     plan: Method
     originals: bool = False
+    packages: tuple[str, ...] = ()  # that decide the bits, beside results.PACKAGES
 
     def with_group(self, size: int) -> Method:
         """The plan with this group size, if it has groups."""
@@ -59,6 +60,7 @@ ARTEFACTS = {
     "gptqmodel-awq": Artefact("gptqmodel", "awq", Awq()),
     "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(), originals=True),
     "autoawq-awq": Artefact("autoawq", "awq", Awq(), originals=True),
+    "autoround-gptq": Artefact("autoround", "autoround", Gptq(), packages=("auto-round",)),
 }
 
 
@@ -80,8 +82,8 @@ def _job(name: str, model: str, revision: str | None) -> Job:
 
 def _key(name: str, job: Job) -> str:
     """What decides the bits of an artefact: weights, tokens, settings, versions and the CPU's instruction set."""
-    return key_hash([name, folder_hash(Path(job.source)), job.method, [list(t) for t in job.tokens], job.settings, versions(),
-                     torch.backends.cpu.get_cpu_capability()])
+    return key_hash([name, folder_hash(Path(job.source)), job.method, [list(t) for t in job.tokens], job.settings,
+                     versions(*ARTEFACTS[name].packages), torch.backends.cpu.get_cpu_capability()])
 
 
 def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
@@ -153,10 +155,10 @@ def example_3(rebuild: bool = False) -> dict[str, str]:
     return run("article", Job("example", str(BUNDLED), calibrated=False), CACHE / EXAMPLE_3, originals=True)["steps"]
 
 
-def build_all(model: str, commit: bool) -> None:
-    """Build every artefact into the cache; with `commit`, copy those of the bundled model to data/artefacts."""
+def build(names: Iterable[str], model: str, commit: bool) -> None:
+    """Build these artefacts into the cache; with `commit`, copy those of the bundled model to data/artefacts."""
     missing = []
-    for name in (bar := tqdm(ARTEFACTS)):
+    for name in (bar := tqdm(list(names))):
         bar.set_description(name)
         try:
             built = artefact(name, model, rebuild=True)
@@ -167,7 +169,7 @@ def build_all(model: str, commit: bool) -> None:
             shutil.rmtree(COMMITTED / name, ignore_errors=True)
             # the tokenizer is in data/model
             shutil.copytree(built, COMMITTED / name, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "*.csv"))
-    if commit and not missing:
+    if commit and not missing and len(bar) == len(ARTEFACTS):
         save(Record(EXAMPLE_3, {"steps": example_3(rebuild=True)}, model_sha256=folder_hash(BUNDLED)))
     for line in missing:
         print(line, file=sys.stderr)
@@ -175,9 +177,12 @@ def build_all(model: str, commit: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ARTEFACTS)} (all)")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--commit", action="store_true", help=f"replace {COMMITTED.relative_to(ROOT)} (make refresh)")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(ARTEFACTS):
+        parser.error(f"no artefact is called {', '.join(sorted(unknown))}; there are {', '.join(ARTEFACTS)}")
     if args.commit and resolve(args.model) != BUNDLED:
         parser.error("--commit is for the bundled model alone")
-    build_all(args.model, args.commit)
+    build(args.names or ARTEFACTS, args.model, args.commit)

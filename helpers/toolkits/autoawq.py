@@ -50,4 +50,4 @@ def quantize(job: Job, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(quantize)
+    main(quantize, "autoawq")

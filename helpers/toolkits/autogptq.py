@@ -48,4 +48,4 @@ def quantize(job: Job, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(quantize)
+    main(quantize, "auto-gptq")
