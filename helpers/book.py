@@ -68,6 +68,16 @@ def execute(notebook: Path, out: Path, **parameters) -> None:
     partial.replace(out)
 
 
+def to_html(notebook: Path, out: Path) -> None:
+    """A notebook as one page that opens without a network; formulas stay as they are written."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
+                            exclude_input_prompt=True, exclude_output_prompt=True)
+    page, _ = exporter.from_filename(str(notebook))
+    results.write_atomically(out, page)
+
+
 def refresh(names: list[str]) -> None:
     """Rewrite the committed notebooks (all, or these) from their .py halves, with the bundled model's outputs on this CPU."""
     import jupytext

@@ -6,7 +6,7 @@ that misses its limit passes at most one time in twenty, one that keeps it fails
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +170,16 @@ def parse_gates(asked: Any) -> list[Gate]:
     return gates
 
 
+def check_names(gates: Sequence[Gate], tasks: Collection[str], texts: Collection[str]) -> None:
+    """Raises BadGates if a limit is on a task or a text that is not asked."""
+    for gate in gates:
+        field, _, name = gate.field.partition(".")
+        known = {"recovery": tasks, "exact": tasks, "kl": {*tasks, *texts}, "delta_nll": {*tasks, *texts}, "perplexity": texts}
+        if name and field in known and name not in {*known[field], "overall"}:
+            raise BadGates(f"{gate.field}: nothing of that name is asked: expected overall or one of "
+                           f"{', '.join(sorted(known[field]))}")
+
+
 def _gates(asked: Mapping) -> Iterator[Gate]:
     for field, of in {"recovery": recovery, "exact": exact, "agreement": agreement}.items():
         for name, least in _by_name(asked.get(field)):
@@ -187,8 +197,8 @@ def _gates(asked: Mapping) -> Iterator[Gate]:
     yield from _limits("peak_bytes", lambda v, _: exactly(v.peak()), asked.get("peak_bytes", []))
     if where := asked.get("fits"):
         gpu, context, batch = where["gpu_gb"], where["context"], where.get("batch", 1)
-        field = f"fits {gpu:g} GB at {batch} x {context} tokens: bytes"
-        yield Gate(field, lambda v, _: exactly(v.fit(gpu, context, batch).total), True, gpu * 1e9)
+        yield Gate(f"fits {gpu:g} GB at {batch} x {context} tokens: share of it",
+                   lambda v, _: exactly(v.fit(gpu, context, batch).share), True, 1)
     if least := asked.get("portability"):
         yield Gate("portability", portability, False, least - 0.5)
 

@@ -10,12 +10,13 @@ import torch
 from tqdm import tqdm
 
 from helpers.harness.variants import Variant
+from helpers.measure.memory import Died
 from helpers.results import machine, versions
 from helpers.store import Cell, Store
 from helpers.toolkits.process import ToolkitFailed, ToolkitMissing
 
 # what one variant may fail of while the others go on (OSError: a model that cannot be had); all else is a mistake of ours
-FAILURES = (ValueError, OSError, MemoryError, ToolkitFailed, ToolkitMissing, torch.OutOfMemoryError)
+FAILURES = (ValueError, OSError, MemoryError, ToolkitFailed, ToolkitMissing, Died, torch.OutOfMemoryError)
 
 
 class ExecutorUnavailable(ValueError):
@@ -71,13 +72,21 @@ def run(jobs: Sequence[tuple[Measure, Variant]], store: Store, executor: Executo
 
         for measure, variant in jobs:
             bar.set_postfix_str(f"{measure.name}, {variant.name}")
-            if executor is None or store.has(variant.name, {**measure.key, "variant": variant.key()}):
+            if executor is None or _settled(store, measure, variant):
                 settle(measure, variant, lambda m=measure, v=variant: m.of(v))
             else:
                 waiting[executor.submit(work, measure, variant, here)] = measure, variant
         for future in as_completed(waiting):
             settle(*waiting[future], future.result)
     return done
+
+
+def _settled(store: Store, measure: Measure, variant: Variant) -> bool:
+    """Whether there is nothing to compute: it is stored, or the variant cannot even be made."""
+    try:
+        return store.has(variant.name, {**measure.key, "variant": variant.key()})
+    except FAILURES:
+        return True
 
 
 @contextmanager

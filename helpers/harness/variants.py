@@ -133,10 +133,11 @@ class ToolkitArtefact(InFolder):
     revision: str | None = None
     rebuild: bool = False
     exact: bool = False
+    label: str | None = None
 
     @property
     def name(self) -> str:
-        return self.artefact
+        return self.label or self.artefact
 
     @cached_property
     def folder(self) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jsonschema
 import numpy as np
@@ -124,3 +124,11 @@ def form(answers: Sequence[Said], asked: Sequence[Example]) -> dict[str, np.ndar
                      whole or not structured(e), holds))
     names = ("id", "task", "text", "structured", "right", "ends", "no_loops", "json_parses", "schema")
     return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def answered(model: nn.Module, tokenizer, asked: Sequence[Example]) -> list[Example]:
+    """The questions, those without an answer with the model's own: being right then means to say what it said."""
+    open_ones = [e for e in asked if not e.answer]
+    answers = said(model, tokenizer, [prompt_ids(tokenizer, e) for e in open_ones], progress=True)
+    own = {e.id: s.text for e, s in zip(open_ones, answers, strict=True)}
+    return [replace(e, answer=own.get(e.id, e.answer)) for e in asked]

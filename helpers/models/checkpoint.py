@@ -6,6 +6,7 @@ A folder appears when it is complete, with the sha256 of its files and where the
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         check_replaceable(self.out, PROVENANCE)
+        self.started = time.perf_counter()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._scope = tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f".{self.out.name}.")
         self.folder = Path(self._scope.name) / "artefact"
@@ -91,7 +93,7 @@ class Writer:
         record = provenance | {
             "plan": self.plan.key(), "format": self.form.name, "left": outcome.left, "tokens": outcome.tokens,
             "notes": outcome.notes, "source_sha256": folder_hash(self.source), "sha256": hashes(self.folder),
-            "versions": versions()}
+            "seconds": round(time.perf_counter() - self.started, 2), "versions": versions()}
         (self.folder / PROVENANCE).write_text(json.dumps(record, indent=1))
         put_in_place(self.folder, self.out)
 

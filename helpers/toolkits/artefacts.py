@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PretrainedConfig
 
-from helpers.files import REPORT, folder_hash, key_hash
+from helpers.files import PROVENANCE, REPORT, folder_hash, key_hash
 from helpers.methods.awq import Awq
 from helpers.methods.gptq import Gptq
 from helpers.methods.int8 import RowInt8
@@ -145,6 +145,15 @@ def reload(folder: Path, device: str = "cpu", **options):
 def report(folder: Path) -> dict:
     """What the toolkit's process reported: seconds, settings, tokens, machine and versions."""
     return json.loads((folder / REPORT).read_text())
+
+
+def build_seconds(folder: Path) -> float | None:
+    """How long quantizing took, as the toolkit's report or our own provenance has it; None where nobody noted it."""
+    for name, keys in ((REPORT, ("quantize_seconds", "seconds")), (PROVENANCE, ("seconds",))):
+        if (folder / name).is_file():
+            noted = json.loads((folder / name).read_text())
+            return next((noted[k] for k in keys if k in noted), None)
+    return None
 
 
 def example_3(rebuild: bool = False) -> dict[str, str]:

@@ -1,0 +1,153 @@
+"""A comparison from its parts: a model, variants of it, questions, gates. The chapter and the command use this one."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from helpers.harness.compare import Quality
+from helpers.harness.decide import Verdict, decide
+from helpers.harness.gates import Gate, check_names, read_gates
+from helpers.harness.jobs import Done, run
+from helpers.harness.measured import Measured
+from helpers.harness.measures import Form, Latency, Memory
+from helpers.harness.named import DEFAULT, named, random_weights
+from helpers.harness.portability import Loads, matrix
+from helpers.harness.variants import Original, Variant
+from helpers.measure.answers import answered, prompt_ids
+from helpers.measure.quality import Scores
+from helpers.measure.tasks import Example, applicable, encode_all, encode_text, examples, read_prompts, split, text
+from helpers.models.source import BUNDLED, DATA
+from helpers.models.texts import calibration, context_of, windows
+from helpers.results import BadRecord, read
+from helpers.store import Store
+from helpers.toolkits.artefacts import CALIBRATION
+
+DEFAULT_GATES = DATA / "gates" / "default.yml"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared and on what. `tune` are questions to choose settings by, `judge` those of the verdict."""
+
+    full: Original
+    variants: Sequence[Variant]
+    tune: Sequence[Example] = field(repr=False)
+    judge: Sequence[Example] = field(repr=False)
+    passages: Mapping[str, Sequence[str]] = field(repr=False)
+    gates: Sequence[Gate]
+    device: str = "cpu"
+    store: Store = field(default_factory=Store)
+    shapes: bool = False  # the weights are random
+
+    @cached_property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.full.folder)
+
+    def quality(self, asked: Sequence[Example], name: str = "questions") -> Quality:
+        """The scores of questions."""
+        return Quality(encode_all(self.tokenizer, asked, self.full.config), self.full, self.store, self.device, name)
+
+    def texts(self) -> Quality:
+        """The scores of the passages, each from its start token, in windows of at most 512 tokens."""
+        length = min(512, context_of(self.tokenizer, self.full.config))
+        items: list[Item] = [i for name, p in self.passages.items() for i in encode_text(self.tokenizer, p, length, name)]
+        return Quality(items, self.full, self.store, self.device, "texts")
+
+    def form(self, each: int = 20) -> Form:
+        """The form of generated answers, of `each` questions a task."""
+        by_task = groupby(sorted(self.judge, key=lambda e: e.task), key=lambda e: e.task)
+        return Form([e for _, of in by_task for e in list(of)[:each]], self.full, self.device)
+
+    def latency(self, seconds: float = 40) -> Latency:
+        """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""
+        taken = [prompt_ids(self.tokenizer, e) for e in self.judge[::max(1, len(self.judge) // 60)][:60]]
+        noise = np.random.default_rng(0).integers(5, self.full.config.get_text_config().vocab_size, (60, 128)).tolist()
+        return Latency(taken or noise, seconds=seconds, device=self.device)
+
+    def everyone(self) -> list[Variant]:
+        """Full precision first."""
+        return [self.full, *self.variants]
+
+    def measure(self, executor: Executor | None = None, progress: bool = True) -> dict[str, Measured]:
+        """Everything, of every variant: {its name: what was measured}. What is stored is read; what fails says why."""
+        questions = [self.quality(self.judge), self.form()] if self.judge else []
+        texts = [self.texts()] if self.passages else []
+        done = run([(m, v) for v in self.everyone() for m in questions + texts], self.store, executor, progress)
+        memory = run([(Memory(device=self.device), v) for v in self.everyone()], self.store, progress=progress)
+        cells, failed = done.cells | memory.cells, done.failed | memory.failed
+        loadable = [v for v in self.everyone() if ("memory", v.name) in cells]
+        times = self.times(loadable, progress)
+        loads = self.loads(progress)
+        return {v.name: _measured(v, Done(cells, failed), times.get(v.name), loads.get(v.name, {})) for v in self.everyone()}
+
+    def times(self, variants: Sequence[Variant], progress: bool = False) -> dict[str, Mapping[str, np.ndarray]]:
+        """{variant: its times in process}, all in turn; what does not load as its library does it is left out."""
+        cell = self.latency().cell(variants, self.store, progress)
+        return {v.name: Latency.times(cell, n) for n, v in enumerate(variants)}
+
+    def loads(self, progress: bool = False) -> dict[str, dict[str, Loads]]:
+        """{variant: {engine: whether it loads and answers right}}: of the committed artefacts from the record, of others
+        measured now (minutes), if a gate asks for it."""
+        files = {v.name: v.folder for v in self.variants if hasattr(v, "folder")}
+        known = _recorded() if self.full.folder == BUNDLED else {}
+        found = {name: known[folder.name] for name, folder in files.items() if folder.name in known}
+        rest = {name: folder for name, folder in files.items() if name not in found}
+        if rest and any(g.field == "portability" for g in self.gates):
+            found |= matrix(rest, tokenizer=self.full.folder)
+        return found
+
+    def verdict(self, measured: Mapping[str, Measured]) -> Verdict:
+        return decide(self.gates, measured, self.full.name)
+
+
+def _recorded() -> dict[str, dict[str, Loads]]:
+    try:
+        cells = read("portability").data["matrix"]
+    except BadRecord:
+        return {}
+    return {name: {engine: Loads(**x) for engine, x in row.items()} for name, row in cells.items()}
+
+
+def _measured(v: Variant, done: Done, times: Mapping | None, loads: Mapping[str, Loads]) -> Measured:
+    arrays = {m: cell.arrays for (m, name), cell in done.cells.items() if name == v.name}
+    return Measured(
+        v, *(Scores.of(arrays[m]) if m in arrays else None for m in ("questions", "texts")), arrays.get("form"),
+        {k: float(x) for k, x in arrays["memory"].items()} if "memory" in arrays else None, times, loads=loads,
+        failed={m: why for (m, name), why in done.failed.items() if name == v.name})
+
+
+def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
+             prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 100,
+             rebuild: bool = False, store: Store | None = None) -> Study:
+    """A study from its arguments: `model` as everywhere in the book, or a config.json, whose shapes then get random weights;
+    `prompts` a .jsonl (else the book's questions, `limit` a task); `methods` by name.
+
+    Raises what is wrong with them: ModelUnavailable, BadData, BadGates, UnknownMethod, PlanError.
+    """
+    chosen = read_gates(Path(gates or DEFAULT_GATES))
+    shapes = model.endswith("config.json")
+    full = Original(str(random_weights(Path(model))) if shapes else model, revision, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(full.folder)
+    bundled = full.folder == BUNDLED
+    if shapes:
+        tune, judge, passages = [], [], {}
+    elif prompts:
+        tune, judge = split(answered(full.load(device), tokenizer, read_prompts(Path(prompts))))
+        passages = {"essay": text("essay")}
+    else:
+        able = applicable(tokenizer)
+        tune, judge = (examples(part, able, limit) for part in ("tune", "judge"))
+        passages = {name: text(name) for name in (("tales", "recipes") if bundled else ("essay",))}
+    check_names(chosen, {e.task for e in judge}, set(passages))
+    length = min(CALIBRATION["length"], context_of(tokenizer, full.config))
+    tokens = windows([prompt_ids(tokenizer, e) for e in tune] if prompts else calibration(tokenizer, CALIBRATION["name"]),
+                     length, CALIBRATION["count"])
+    names = list(methods) or [m for m in DEFAULT if bundled or m != "autoround"]  # which takes minutes to hours to make
+    return Study(full, named(names, full, tokens, rebuild, shapes), tune, judge, passages, chosen, device, store or Store(),
+                 shapes)
