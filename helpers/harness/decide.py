@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from helpers.harness.gates import FAIL, PASS, UNDECIDED, Finding, Gate
 from helpers.harness.measured import Measured
-from helpers.harness.variants import Variant
+from helpers.harness.variants import Variant, bits
 
 SAME_SIZE = 0.02  # files whose sizes differ by less count as equally small; the one nearer to full precision is taken
 
@@ -42,7 +42,7 @@ def decide(gates: Sequence[Gate], measured: Mapping[str, Measured], full: str) -
     if passing:
         near = [n for n in passing if measured[n].bytes <= (1 + SAME_SIZE) * measured[passing[0]].bytes]
         pick = min(near, key=lambda n: _distance(measured[n]))
-    higher = [n for n in passing if pick and int(measured[n].variant.bits) > int(measured[pick].variant.bits)]
+    higher = [n for n in passing if pick and int(bits(measured[n].variant)) > int(bits(measured[pick].variant))]
     overall = PASS if pick else UNDECIDED if UNDECIDED in of.values() else FAIL
     return Verdict(overall, pick, higher[0] if higher else None,
                    {n: _reason(n, findings[n], pick, passing, measured) for n in measured}, findings)

@@ -17,8 +17,7 @@ from helpers.harness.measured import Measured
 from helpers.harness.ranking import ALPHA
 from helpers.harness.study import Study
 from helpers.harness.variants import bits
-from helpers.measure.quality import Scores
-from helpers.measure.stats import Interval, holm, mcnemar, paired, ratio_interval, share_difference, share_interval, swap_test
+from helpers.measure.stats import holm, mcnemar, ratio_interval, share_difference, share_interval, swap_test
 from helpers.results import Record
 from helpers.toolkits.artefacts import build_seconds
 
@@ -124,7 +123,8 @@ def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -
 
     def artefact(name: str | None) -> dict | None:
         folder = name and getattr(measured[name].variant, "folder", None)
-        return name and {"variant": name, "weights_sha256": folder_hash(folder) if folder else None, "bytes": measured[name].bytes}
+        hashed = folder_hash(folder) if folder else None
+        return name and {"variant": name, "weights_sha256": hashed, "bytes": measured[name].bytes}
 
     return yaml.safe_dump({
         "deploy": artefact(verdict.pick), "fallback": artefact(verdict.fallback) or artefact(study.full.name),

@@ -56,7 +56,7 @@ class Study:
     def texts(self) -> Quality:
         """The scores of the passages, each from its start token, in windows of at most 512 tokens."""
         length = min(512, context_of(self.tokenizer, self.full.config))
-        items: list[Item] = [i for name, p in self.passages.items() for i in encode_text(self.tokenizer, p, length, name)]
+        items = [i for name, p in self.passages.items() for i in encode_text(self.tokenizer, p, length, name)]
         return Quality(items, self.full, self.store, self.device, "texts")
 
     def form(self, each: int = 20) -> Form:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from helpers.files import PROVENANCE, file_hash, folder_hash, key_hash
-from helpers.measure.bytes import bits_a_weight, measured_bytes, predicted_bytes
+from helpers.measure.bytes import bits_a_weight, measured_bytes, predicted_bytes, weights_inside
 from helpers.methods.keep import Keep
 from helpers.models.formats import FORMATS
 from helpers.models.method import Method, Plan

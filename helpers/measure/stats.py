@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-
 Z95 = float(stats.norm.ppf(0.975))
 
 
@@ -106,7 +105,8 @@ def mcnemar_power(changed: float, effect: float, questions: int, alpha: float = 
     p_changed = min(1.0, changed + effect)
     if not p_changed:
         return 0.0
-    pairs = np.arange(int(stats.binom.ppf(1e-4, questions, p_changed)), int(stats.binom.ppf(1 - 1e-4, questions, p_changed)) + 1)
+    fewest, most = stats.binom.ppf([1e-4, 1 - 1e-4], questions, p_changed).astype(int)
+    pairs = np.arange(fewest, most + 1)
     critical = stats.binom.ppf(alpha / 2, pairs, 0.5)  # fewer than this on either side: p below alpha
     lost = (changed / 2 + effect) / p_changed
     seen = stats.binom.cdf(critical - 1, pairs, lost) + stats.binom.cdf(critical - 1, pairs, 1 - lost)
