@@ -5,11 +5,7 @@ spends before it begins is visible and not counted as our speed. Writes data/res
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +17,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.files import folder_hash
+from helpers.measure.bytes import quantizing_bytes
+from helpers.measure.memory import alone, forget_most, held, most_held
 from helpers.methods.awq import Awq
 from helpers.methods.gptq import Gptq
 from helpers.methods.reference import Inputs
@@ -37,16 +35,12 @@ from helpers.quantizers.gptq import gptq, gptq_columns
 from helpers.quantizers.nf4 import dequantize_nf4, quantize_nf4
 from helpers.results import Record, save
 from helpers.toolkits.artefacts import CALIBRATION
-from helpers.toolkits.process import ROOT, Job, run
+from helpers.toolkits.process import Job, run
 
 LARGER = LlamaConfig(vocab_size=1280, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
                      num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 HALF_A_BILLION = LlamaConfig(vocab_size=8192, hidden_size=1536, intermediate_size=4096, num_hidden_layers=20,
                              num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=1024)
-
-
-# glibc keeps freed blocks below a threshold that it raises as it goes; fixed, it gives them back
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, dict[str, float]]:
@@ -215,40 +209,19 @@ def again(folder: Path, tokens) -> dict[str, Quantized]:
 
 
 def peak_memory(folder: Path, tokens) -> dict:
-    """In a process of its own: the most memory it ever held, less what it held before, against a formula."""
+    """In a process of its own: the most memory it ever held, less what it held before, against `quantizing_bytes`."""
+    terms = quantizing_bytes(LlamaConfig.from_pretrained(folder), Gptq(), sum(map(len, tokens)))
     with tempfile.TemporaryDirectory() as scratch:
-        job = Path(scratch) / "job.json"
-        job.write_text(json.dumps({"source": str(folder), "out": str(Path(scratch) / "out"), "tokens": tokens}))
-        done = subprocess.run([sys.executable, "-m", "benchmarks.speed", "--memory", str(job)], cwd=ROOT, check=True,
-                              capture_output=True, text=True, env=os.environ | RETURN_MEMORY)
-    return json.loads(done.stdout.splitlines()[-1])
+        found = alone(memory_job, folder, Path(scratch), tokens)
+    return found | {"formula": terms, "ratio": found["bytes"] / sum(terms.values()), "tokens": sum(map(len, tokens)),
+                    "parameters": sum(p.numel() for p in Source.from_folder(folder).model.parameters())}
 
 
-def memory_job(path: Path) -> None:
-    job = json.loads(path.read_text())
-    config = LlamaConfig.from_pretrained(job["source"])
-    d, ff, n = config.hidden_size, config.intermediate_size, sum(map(len, job["tokens"]))
-    torch.ones(8, 8) @ torch.ones(8, 8)
-    before = high_water()
-    outcome = quantize_to(Path(job["out"]), Path(job["source"]), Gptq(), job["tokens"])
-    peak = high_water() - before
-    terms = {"block": 4 * (4 * d * d + 3 * d * ff), "its inputs and outputs": 4 * 2 * n * d,
-             "held before the last linear": 4 * n * (ff + d),
-             "Gram matrix, damped, factor and its copy": 4 * 4 * ff * ff,
-             "stacked weights, errors, codes": 4 * 4 * 2 * ff * d, "artefact so far": measured(Path(job["out"]))}
-    print(json.dumps({"bytes": peak, "formula": terms, "ratio": peak / sum(terms.values()),
-                      "parameters": sum(p.numel() for p in Source.from_folder(Path(job["source"])).model.parameters()),
-                      "linears": len(outcome.notes), "tokens": n}))
-
-
-def high_water() -> int:
-    """The most bytes of memory this process ever held (Linux)."""
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
-def measured(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+def memory_job(folder: Path, scratch: Path, tokens) -> dict:
+    quantize_to(scratch / "first", BUNDLED, Gptq(), tokens[:1])  # what the libraries take at their first call is theirs
+    before, _ = held(), forget_most()
+    outcome = quantize_to(scratch / "out", folder, Gptq(), tokens)
+    return {"bytes": most_held() - before, "linears": len(outcome.notes)}
 
 
 def main(repeats: int) -> None:
@@ -267,7 +240,5 @@ def main(repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3, help="of the runs of whole models")
-    args = parser.parse_args()
-    memory_job(args.memory) if args.memory else main(args.repeats)
+    main(parser.parse_args().repeats)

@@ -138,6 +138,7 @@ class Source:
             dtype = self.model.dtype
             for name, tensor in read_tensors(self.folder, names):
                 set_module_tensor_to_device(self.model, name, self.device, tensor.to(dtype))
+                del tensor  # else the last one keeps the mapped file, and with it the whole block in 16 bits, in memory
         yield
         if self.folder is not None:
             for name in names:
