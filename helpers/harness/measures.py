@@ -78,8 +78,8 @@ class Latency:
     """TTFT, ITL and E2E of one request at a time, all variants in turn; as many prompts as `seconds` allow."""
 
     prompts: Sequence[Sequence[int]] = field(repr=False)
-    new_tokens: int = 12
-    seconds: float = 40
+    new_tokens: int = 8
+    seconds: float = 30
     device: str = "cpu"
     name: str = "latency"
 

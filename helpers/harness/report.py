@@ -80,8 +80,8 @@ def _quality(m: Measured, full: Measured) -> dict[str, Any]:
                                        for t in dict.fromkeys(m.texts.tasks.tolist())}
         found["kl_by_text"] = {t: _interval(m.texts.select(t).all.kl_interval()) for t in dict.fromkeys(m.texts.tasks.tolist())}
     if m.form is not None:
-        found["form"] = {part: _interval(share_interval((h := m.form_of(part)).sum(), len(h)))
-                         for part in ("right", "ends", "no_loops", *(["json_parses", "schema"] if m.form["structured"].any() else []))}
+        parts = ["right", "ends", "no_loops"] + ["json_parses", "schema"] * bool(m.form["structured"].any())
+        found["form"] = {part: _interval(share_interval((h := m.form_of(part)).sum(), len(h))) for part in parts}
     return found
 
 

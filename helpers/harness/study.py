@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +58,15 @@ class Study:
         items = [i for name, p in self.passages.items() for i in encode_text(self.tokenizer, p, length, name)]
         return Quality(items, self.full, self.store, self.device, "texts")
 
-    def form(self, each: int = 20) -> Form:
-        """The form of generated answers, of `each` questions a task."""
-        by_task = groupby(sorted(self.judge, key=lambda e: e.task), key=lambda e: e.task)
-        return Form([e for _, of in by_task for e in list(of)[:each]], self.full, self.device)
+    def form(self) -> Form:
+        """The form of generated answers, of one question in eight."""
+        return Form(self.judge[::8], self.full, self.device)
 
-    def latency(self, seconds: float = 40) -> Latency:
+    def latency(self) -> Latency:
         """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""
         taken = [prompt_ids(self.tokenizer, e) for e in self.judge[::max(1, len(self.judge) // 60)][:60]]
         noise = np.random.default_rng(0).integers(5, self.full.config.get_text_config().vocab_size, (60, 128)).tolist()
-        return Latency(taken or noise, seconds=seconds, device=self.device)
+        return Latency(taken or noise, device=self.device)
 
     def everyone(self) -> list[Variant]:
         """Full precision first."""

@@ -134,8 +134,9 @@ class Fit:
 
 def fits(config: PretrainedConfig, plan: Plan | Method | int | None, gpu_gb: float, context: int, batch: int = 1,
          form: Format | None = None, reserve: float = 0.1) -> Fit:
-    """Whether a plan's file (None: fp16; a number: weights of so many bytes) can be served on a GPU of `gpu_gb` x 2^30 bytes,
-    of which a share `reserve` is left to the CUDA context, workspaces and fragmentation (vLLM's gpu_memory_utilization is 1 - reserve).
+    """Whether a plan's file (None: fp16; a number: weights of so many bytes) can be served on a GPU of `gpu_gb` x 2^30 bytes.
+
+    A share `reserve` is left to the CUDA context, workspaces and fragmentation (vLLM's gpu_memory_utilization is 1 - reserve).
 
     Activations, in fp16, are those of one chunk of prefill, t = min(2048, batch x context) tokens: 2 t (2 hidden + 3 widest)
     for the residual stream, a norm's output, and gate, up and their product; and logits of each last position, 6 batch x
