@@ -20,15 +20,15 @@ BAD_INPUT = 2
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = ArgumentParser(prog="python -m helpers.compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled", help="bundled, a folder with safetensors, a hub id, or a config.json: its "
-                        "shapes then get random weights, for latency and memory alone")
+    parser = ArgumentParser("python -m helpers.compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled", help="bundled, a folder with safetensors, a hub id, or a config.json, "
+                        "whose shapes then get random weights, for latency and memory alone")
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--prompts", type=Path, help='your questions, a .jsonl of {"prompt", and if you have them "answer", '
                         '"task", "schema"}; a third of them is kept to choose settings by')
     parser.add_argument("--gates", type=Path, default=DEFAULT_GATES, help="your limits, YAML (chapter 9)")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="int8 nf4 gptq awq autoround; one with "
-                        "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; the folder of a quantized model")
+                        "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; a quantized model's folder")
     parser.add_argument("--out", type=Path, default=book.BUILD / "compare", help="folder for the notebook, report.html, "
                         "results.json, manifest.yml and the figures")
     parser.add_argument("--limit", type=int, default=100, help="most questions a task, of the book's own")

@@ -156,3 +156,45 @@ def sweep(table: dict[str, dict], colour: str) -> None:
         ax.grid(axis="y", visible=False)
     figure.supxlabel("KL from the 16-bit model on answers (nats/token), 95 % interval; at the right:\n"
                      "exact answers. Hollow: no difference from the first row detectable. Grey: single draws", fontsize=9)
+
+
+def pareto(ax, table: Mapping[str, tuple[float, tuple[float, float, float]]], kinds: Mapping[str, str],
+           passing: Mapping[str, str], pick: str | None) -> None:
+    """Size (MB) against KL from full precision with its interval, for each variant; filled: passes every gate, hollow: does
+    not. A ring marks the pick."""
+    shown = looks(table, kinds)
+    for name, (size, (estimate, low, high)) in table.items():
+        colour, marker = shown[name]
+        ax.errorbar(size, estimate, yerr=[[estimate - low], [high - estimate]], fmt=marker, color=colour, capsize=2,
+                    mfc=colour if passing[name] == "pass" else "white", label=name)
+        if name == pick:
+            ax.plot(size, estimate, "o", markersize=16, mfc="none", mec=colour)
+    ax.legend(fontsize=8, ncols=2)
+    ax.set(xlabel="weights on disk (MB)", ylabel="KL from full precision on answers\n(nats/token), 95 % interval")
+
+
+def gates(ax, found: Mapping[str, Mapping[str, str]]) -> None:
+    """A mark for each variant (across) and gate (down): pass, fail, undecided. `found`: {variant: {gate: outcome}}."""
+    marks = {"pass": ("o", "#009E73", "full"), "fail": ("X", "#D55E00", "full"), "undecided": ("s", "#8C8C8C", "none")}
+    rows = list(next(iter(found.values())))
+    for x, of in enumerate(found.values()):
+        for gate, outcome in of.items():
+            marker, colour, fill = marks[outcome]
+            ax.plot(x, rows.index(gate), marker, color=colour, fillstyle=fill, markersize=11)
+    for name, (marker, colour, fill) in marks.items():
+        ax.plot([], [], marker, color=colour, fillstyle=fill, label=name)
+    ax.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.5, len(found) - 0.5))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize=8)
+
+
+def power(ax, curves: Mapping[str, list[dict]]) -> None:
+    """How often a planted effect was found, with 95 % intervals, against how often the printed one promises."""
+    for n, (name, points) in enumerate(curves.items()):
+        x, y = ([100 * p[k] for p in points] for k in ("promised", "found"))
+        error = [[100 * (p["found"] - p["low"]) for p in points], [100 * (p["high"] - p["found"]) for p in points]]
+        ax.errorbar(x, y, yerr=error, fmt="o^sD"[n % 4], capsize=2, label=name)
+    ax.plot([0, 100], [0, 100], color="0.5", linewidth=0.8)
+    ax.set(xlabel="promised (%)", ylabel="found (%)", xlim=(0, 102), ylim=(0, 102))
+    ax.legend(fontsize=8)

@@ -57,7 +57,7 @@ def _reason(name: str, findings: Sequence[Finding], pick: str | None, passing: S
             measured: Mapping[str, Measured]) -> str:
     for kind, word in ((FAIL, "fails"), (UNDECIDED, "undecided")):
         if which := [f for f in findings if f.outcome == kind]:
-            return f"{word}: " + "; ".join(f"{f.gate} (measured {f.reason})" if f.interval else f"{f.gate} ({f.reason})" for f in which)
+            return f"{word}: " + "; ".join(f"{f.gate} ({'measured ' if f.interval else ''}{f.reason})" for f in which)
     if name == pick:
         smaller = [n for n in measured if n not in passing and measured[n].variant.predicted() is not None
                    and measured[n].bytes < measured[name].bytes]
