@@ -38,6 +38,7 @@ class Quality:
     device: str = "cpu"
 
     name: str = "quality"
+    batch_tokens: int = 2048
 
     def __getstate__(self) -> dict:
         """Without the judge, and the model that it holds, for another process."""
@@ -45,12 +46,12 @@ class Quality:
 
     @cached_property
     def judge(self) -> Judge:
-        return Judge(self.items, self.reference.load(self.device))
+        return Judge(self.items, self.reference.load(self.device), self.batch_tokens)
 
     @cached_property
     def key(self) -> dict:
         items = key_hash([[i.id, list(i.ids), i.start] for i in self.items])
-        return {"measure": "quality", "device": self.device, "items": items,
+        return {"measure": "quality", "device": self.device, "items": items, "batch_tokens": self.batch_tokens,
                 "reference": self.reference.key(), **circumstances()}
 
     def cell(self, variant: Variant) -> Cell:

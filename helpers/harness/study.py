@@ -93,7 +93,7 @@ class Study:
         """{variant: {engine: whether it loads and answers right}}: of the committed artefacts from the record, of others
         measured now (minutes), if a gate asks for it."""
         files = {v.name: v.folder for v in self.variants if hasattr(v, "folder")}
-        known = _recorded() if self.full.folder == BUNDLED else {}
+        known = recorded() if self.full.folder == BUNDLED else {}
         found = {name: known[folder.name] for name, folder in files.items() if folder.name in known}
         rest = {name: folder for name, folder in files.items() if name not in found}
         if rest and any(g.field == "portability" for g in self.gates):
@@ -104,7 +104,8 @@ class Study:
         return decide(self.gates, measured, self.full.name)
 
 
-def _recorded() -> dict[str, dict[str, Loads]]:
+def recorded() -> dict[str, dict[str, Loads]]:
+    """{committed artefact: {engine: Loads}} of data/results/portability.json; nothing if it is not there."""
     try:
         cells = read("portability").data["matrix"]
     except BadRecord:
