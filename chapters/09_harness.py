@@ -11,11 +11,11 @@
 # %% [markdown]
 # # 9. A harness that decides
 #
-# **After this chapter** you can say which of several quantized variants of a model to deploy, which differences between them are
-# real, which cannot be told at your sample size, and how far the instrument that says so can be trusted.
+# **After this chapter** you can say which of several quantized variants of a model to deploy, which differences between them
+# are real, which cannot be told at your sample size, and how far the instrument that says so can be trusted.
 #
-# *Needs*: [chapter 2](02_pipelines.ipynb) for KL and the artefacts. *Time*: a minute and a half on a laptop CPU, from the committed
-# artefacts. *On a GPU*: the same cells; latency is then worth more.
+# *Needs*: [chapter 2](02_pipelines.ipynb) for KL and the artefacts. *Time*: a minute and a half on a laptop CPU, from the
+# committed artefacts. *On a GPU*: the same cells; latency is then worth more.
 #
 # This chapter is also a report: `make compare MODEL=... PROMPTS=... GATES=...` runs it on your model, your questions and your
 # limits, and leaves it as one page, with `results.json`, a deployment manifest, and an exit status for CI.
@@ -47,9 +47,9 @@ model = "bundled"  # or a local folder, or a hub id such as "owner/name", or a c
 rebuild = False  # make the toolkits' artefacts anew instead of reading the committed ones
 profile = None  # a name from helpers/profiles.json, instead of `model`
 revision, dtype, device = None, None, None  # None: as the profile has it
-prompts, gates, methods = None, None, None  # None: the book's questions, data/gates/default.yml, the article's methods and AutoRound
+prompts, gates, methods = None, None, None  # None: the book's questions, data/gates/default.yml, the usual methods
 limit = 40  # most questions a task
-served = None  # what `make compare` measured on a serving engine
+rates = []  # requests a second, to be served by an engine as well (`make serving`; minutes)
 out = None  # folder for figures
 
 # %%
@@ -80,9 +80,9 @@ def keep(figure, name):
 # %% [markdown]
 # ## The harness everybody writes first
 #
-# The article that this book grew from compares a GPTQ and an AWQ checkpoint like this: load both, take one prompt, time one call
-# of `generate`, record the seconds and the number of characters. Here is that harness, on the first two quantized variants. Run
-# it three times:
+# The article that this book grew from compares a GPTQ and an AWQ checkpoint like this: load both, take one prompt, time one
+# call of `generate`, record the seconds and the number of characters. Here is that harness, on the first two quantized
+# variants. Run it three times:
 
 # %% tags=["nbval-ignore-output"]
 import time
@@ -155,7 +155,7 @@ nearest_guess, cannot_be_told_guess = "autoround", {("gptq", "autoround")}
 # the file, dequantized exactly; latency and memory are those of the library's own kernels.
 
 # %% tags=["nbval-ignore-output"]
-measured = study.measure(progress=False)
+measured = study.measure(progress=False, rates=rates)
 for name, m in measured.items():
     for measure, why in m.failed.items():
         print(f"{name}: {measure} failed: {why}")
@@ -166,7 +166,8 @@ scores = {name: m.questions for name, m in measured.items() if m.questions is no
 # %% [markdown]
 # ## Quality: what can be ranked, and what cannot
 #
-# KL and the change of the loss against full precision, on answers, with 95 % intervals over questions; and answers lost and won.
+# KL and the change of the loss against full precision, on answers, with 95 % intervals over questions; and answers lost and
+# won.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.compare import shown, summary
@@ -174,11 +175,11 @@ from helpers.harness.compare import shown, summary
 shown(summary(scores, full.questions)) if asked else "random weights: no quality"
 
 # %% [markdown]
-# The intervals of two rows may overlap and the two still differ: both were asked the same questions, and the difference, question by
-# question, is far steadier than either. So each pair gets its own test. For loss and KL it is Fisher's: if the two were the same,
-# the two results of a question could change places; how often is the sum then as far from zero? For right answers it is
-# McNemar's exact one. With $m$ tests at 5 % each, one of them would be seen too often by chance; Holm's correction multiplies
-# the smallest p-value by $m$, the next by $m - 1$, and so on:
+# The intervals of two rows may overlap and the two still differ: both were asked the same questions, and the difference,
+# question by question, is far steadier than either. So each pair gets its own test. For loss and KL it is Fisher's: if the two
+# were the same, the two results of a question could change places; how often is the sum then as far from zero? For right
+# answers it is McNemar's exact one. With $m$ tests at 5 % each, one of them would be seen too often by chance; Holm's
+# correction multiplies the smallest p-value by $m$, the next by $m - 1$, and so on:
 #
 # $$p_{(k)}^{\text{Holm}} = \max_{j \le k}\ (m - j + 1)\, p_{(j)} \tag{9.1}$$
 
@@ -202,9 +203,10 @@ matrix(differences, "kl") if differences else "nothing to rank"
 for metric in ("nll", "exact"):
     of = [d for d in differences if d.metric == metric]
     told = [d for d in of if d.better]
-    print(f"{metric}: {len(told)} of {len(of)} pairs can be told apart" + "".join(f"; {d.first} / {d.second}: {d}" for d in told))
+    print(f"{metric}: {len(told)} of {len(of)} pairs can be told apart" + "".join(
+        f"; {d.first} / {d.second}: {d}" for d in told))
     if of:
-        print(f"  a difference found four times in five would have to be {np.median([d.detectable for d in of]):.2g} (median pair)")
+        print(f"  to be found four times in five, a difference of {np.median([d.detectable for d in of]):.2g} (median pair)")
 
 # %% [markdown]
 # "No difference detectable" is a result, and it comes with its price: the size that a difference would need. To see one half as
@@ -250,6 +252,8 @@ if asked:
 # *Share of right answers by task.* Recall can also be sorted by how far back the answer stands in the request, in tokens:
 
 # %% tags=["nbval-ignore-output"]
+from itertools import pairwise
+
 from helpers.measure.tasks import distance
 
 recall = {e.id: distance(study.tokenizer, e) for e in study.judge if e.task.startswith("recall")}
@@ -257,7 +261,7 @@ if recall and asked:
     edges = [0, 32, 128, 512, 100_000]
     away = np.array([recall.get(i, -1) or 0 for i in full.questions.ids])
     is_recall = np.isin(full.questions.ids, list(recall))
-    bins = {f"{low} to {high} tokens": is_recall & (away >= low) & (away < high) for low, high in zip(edges, edges[1:], strict=False)}
+    bins = {f"{low} to {high} tokens": is_recall & (away >= low) & (away < high) for low, high in pairwise(edges)}
     table = pd.DataFrame({f"{b.replace('512 to 100000', '512 and more')} ({at.sum()})": {
         n: f"{s.exact[at].mean():.0%}" for n, s in scores.items()} for b, at in bins.items() if at.any()})
 else:
@@ -286,7 +290,7 @@ tables.sizes(measured).round(2)
 # %% [markdown]
 # For a model that is not here, a config is enough. The KV cache holds a key and a value for each layer, KV head and token:
 #
-# $$\text{bytes} = 2 \cdot \text{layers} \cdot \text{KV heads} \cdot \text{head size} \cdot 2 \cdot \text{tokens} \cdot \text{batch} \tag{9.2}$$
+# $$\text{bytes} = 2 \cdot \text{layers} \cdot \text{KV heads} \cdot \text{head size} \cdot 2 \cdot \text{tokens} \tag{9.2}$$
 #
 # Does Llama-2 with a context of 4,096 tokens and 4 requests at once fit a GPU of 24 GB? And *quantizing* it, streamed block by
 # block, on 128 windows of 2,048 tokens?
@@ -311,14 +315,15 @@ for size, config in SHAPES.items():
 pd.DataFrame(plan).T
 
 # %% [markdown]
-# Two things to take from it. A 7B model in 16 bits does not fit with four long requests, in 4 bits it does with room to spare, and
-# then the cache is larger than the weights. And calibrating GPTQ group by group on so many tokens needs more than serving the result.
+# Two things to take from it. A 7B model in 16 bits does not fit with four long requests, in 4 bits it does with room to spare,
+# and then the cache is larger than the weights. And calibrating GPTQ group by group on so many tokens needs more than serving
+# the result.
 #
 # ## Latency in this process
 #
 # Time to first token (TTFT), between tokens (ITL; vLLM calls it TPOT), and to the last token (E2EL), one request at a time, all
-# variants in turn. A percentile stands there only if the sample gives it an upper bound: with $n$ values the largest one is above
-# the 95th percentile with probability $1 - 0.95^n$, which reaches 95 % at
+# variants in turn. A percentile stands there only if the sample gives it an upper bound: with $n$ values the largest one is
+# above the 95th percentile with probability $1 - 0.95^n$, which reaches 95 % at
 
 # %%
 least_for_p95 = int(np.ceil(np.log(0.05) / np.log(0.95)))
@@ -330,8 +335,8 @@ assert (least_for_p95, least_for_p99) == (59, 299)
 tables.latencies(measured, FULL)
 
 # %% [markdown]
-# On a model this small it is the Python around the kernels that is timed. What does a kernel reach on a layer larger than the cache?
-# At batch 1 a linear can be no faster than its weights are read:
+# On a model this small it is the Python around the kernels that is timed. What does a kernel reach on a layer larger than the
+# cache? At batch 1 a linear can be no faster than its weights are read:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.machine import bandwidth, share_of_bandwidth
@@ -347,10 +352,10 @@ for name, (layer, size, kind_of) in layers.items():
 # %% [markdown]
 # ## Latency served by an engine
 #
-# What users wait for is a server with others in the queue. `make serving` installs vLLM and GuideLLM into environments of their own;
-# the harness starts the server for each variant, sends requests at random times (Poisson), and counts what fails. That takes minutes,
-# so the table below is from a record, measured on a shape of its own with random weights. ITL is between tokens; a run whose chunks
-# arrive in clumps is not believed.
+# What users wait for is a server with others in the queue. `make serving` installs vLLM and GuideLLM into environments of their
+# own; the harness starts the server for each variant, sends requests at random times (Poisson), and counts what fails. That
+# takes minutes, so the table below is from a record, measured on a shape of its own with random weights. ITL is between tokens;
+# a run whose chunks arrive in clumps is not believed.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.served import served_table
@@ -358,7 +363,8 @@ from helpers.harness.served import served_table
 served_table()
 
 # %% [markdown]
-# And are the answers of a served file those of the file? The bundled model, served from each artefact, against exact dequantization:
+# And are the answers of a served file those of the file? The bundled model, served from each artefact, against exact
+# dequantization:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.served import answers_table
@@ -388,12 +394,13 @@ from helpers.harness.study import DEFAULT_GATES
 print(Path(gates or DEFAULT_GATES).read_text())
 
 # %% [markdown]
-# A gate compares an interval with a limit. If all of the interval is inside, the variant passes; if all is outside, it fails; if it
-# straddles the limit, the gate is *undecided* and says how many times the sample would decide. Each bound holds with 95 %:
+# A gate compares an interval with a limit. If all of the interval is inside, the variant passes; if all is outside, it fails;
+# if it straddles the limit, the gate is *undecided* and says how many times the sample would decide. Each bound holds with 95
+# %:
 
 # %%
 from helpers.harness.gates import parse_gates
-from helpers.measure.stats import Interval, recovery_interval
+from helpers.measure.stats import recovery_interval
 
 right_before = np.array([True] * 100)
 for lost in (0, 2, 12):
@@ -412,8 +419,8 @@ keep(figure, "gates")
 # %% [markdown]
 # *Each variant against each gate.*
 #
-# The pick is the smallest that passes all of them; sizes within 2 % count as equal, and then the one with the least KL is taken. The
-# fallback is the smallest of the next higher precision that passes.
+# The pick is the smallest that passes all of them; sizes within 2 % count as equal, and then the one with the least KL is
+# taken. The fallback is the smallest of the next higher precision that passes.
 
 # %% tags=["nbval-ignore-output"]
 for name, reason in verdict.reasons.items():
@@ -422,7 +429,6 @@ print(f"\nverdict: {verdict.outcome}; pick: {verdict.pick}; fallback: {verdict.f
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.decide import outcome
-from helpers.measure.stats import Interval
 
 if asked:
     figure, axes = plt.subplots(figsize=(6.5, 3.6))
@@ -441,10 +447,10 @@ print(manifest(study, verdict, measured))
 # %% [markdown]
 # ## The harness on trial
 #
-# A team that lets this decide in CI should know how often it cries wolf. **A/A**: take the results of two real variants, and for
-# each of the questions, drawn anew, let the two change places at random. Now there is no difference, with the noise of the real
-# ones. Compare 500 times; more than 5 % of alarms would be a fault. The last row is the whole verdict: any of the three metrics,
-# corrected.
+# A team that lets this decide in CI should know how often it cries wolf. **A/A**: take the results of two real variants, and
+# for each of the questions, drawn anew, let the two change places at random. Now there is no difference, with the noise of the
+# real ones. Compare 500 times; more than 5 % of alarms would be a fault. The last row is the whole verdict: any of the three
+# metrics, corrected.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.validate import false_alarms, no_false_alarm_beyond, power
@@ -458,8 +464,8 @@ else:
 alarms
 
 # %% [markdown]
-# **A/B**: now plant an effect of known size: the loss of each token higher by so much, or answers flipped from right to wrong. It
-# should be found as often as the printed detectable difference promises.
+# **A/B**: now plant an effect of known size: the loss of each token higher by so much, or answers flipped from right to wrong.
+# It should be found as often as the printed detectable difference promises.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.ranking import difference
@@ -478,9 +484,9 @@ if len(quantized) > 1:
 #
 # ## The loop: adjust and try again
 #
-# What if nothing passes? The article says: adjust the calibration, the layers, the mix of precisions, and benchmark again. As code:
-# a list of adjustments, each with the gates it can help; tried on the *tuning* questions until one passes; judged once, on questions
-# that chose nothing. Here plain rounding at 3 bits has to come within a KL that it misses by far:
+# What if nothing passes? The article says: adjust the calibration, the layers, the mix of precisions, and benchmark again. As
+# code: a list of adjustments, each with the gates it can help; tried on the *tuning* questions until one passes; judged once,
+# on questions that chose nothing. Here plain rounding at 3 bits has to come within a KL that it misses by far:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.decide import Adjustment, search
@@ -512,8 +518,8 @@ if asked:
 # %% [markdown]
 # ## A variant of your own
 #
-# A method is a frozen dataclass ([chapter 3](03_error_formula.ipynb)); a variant is a method on a model. Ten lines, and it is compared
-# with the rest: here NF4 everywhere but in the linears that write into the residual stream last.
+# A method is a frozen dataclass ([chapter 3](03_error_formula.ipynb)); a variant is a method on a model. Ten lines, and it is
+# compared with the rest: here NF4 everywhere but in the linears that write into the residual stream last.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.models.layers import linears
@@ -529,9 +535,10 @@ if asked:
 # ## Where it breaks
 #
 # - *Questions that nobody will ask.* Every verdict is about the prompts it was given. Bring your own: `PROMPTS=log.jsonl`.
-# - *Right answers at the ceiling.* Where full precision has everything right or nothing, exact match shows no difference; KL does.
-# - *One file, one draw.* A calibrated file is one draw of its calibration text. Intervals here are over questions; another file of
-#   the same recipe can fall outside of them ([chapter 5](05_gptq.ipynb) draws several).
+# - *Right answers at the ceiling.* Where full precision has everything right or nothing, exact match shows no difference; KL
+#   does.
+# - *One file, one draw.* A calibrated file is one draw of its calibration text. Intervals here are over questions; another file
+#   of the same recipe can fall outside of them ([chapter 5](05_gptq.ipynb) draws several).
 # - *Repeated looks.* Judging again and again until something passes is what the tuning questions are for, not the judging ones.
 # - *Small models on a CPU* say nothing about latency on a GPU.
 #
@@ -554,8 +561,8 @@ if asked:
 #
 # <details><summary>Solution</summary>
 #
-# `recovery_interval(np.ones(n, bool), np.ones(n, bool), 0.9)` has its lower bound at $n/(n + 1.645^2)$: 0.991 at 300, a pass; 0.974
-# at 100, undecided. No answer lost does not mean that none would be.
+# `recovery_interval(np.ones(n, bool), np.ones(n, bool), 0.9)` has its lower bound at $n/(n + 1.645^2)$: 0.991 at 300, a pass;
+# 0.974 at 100, undecided. No answer lost does not mean that none would be.
 # </details>
 #
 # 3. Make `exchanged` swap with probability 0.4 instead of 0.5. What happens to the false alarms, and why?
@@ -573,8 +580,8 @@ if asked:
 #
 # <details><summary>Answers</summary>
 #
-# 1. Not necessarily: the paired difference decides. 2. With 40 values even the largest is below the true p95 one time in eight: there
-# is no upper bound. 3. To ask more questions: the gate says how many times as many.
+# 1. Not necessarily: the paired difference decides. 2. With 40 values even the largest is below the true p95 one time in eight:
+#    there is no upper bound. 3. To ask more questions: the gate says how many times as many.
 # </details>
 #
 # **Next**: choosing, with this harness, for three uses. *References*:

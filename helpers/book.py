@@ -40,18 +40,24 @@ def settings(model: str, profile: str | None = None) -> dict:
     return chosen
 
 
-def start(seed: int = 0) -> None:
-    """Begin a chapter: fix the seeds, take on the book's plot style, quiet the libraries, print the versions."""
+def quiet() -> None:
+    """Keep the libraries from talking of themselves."""
     for name in ("torchao", "torch.utils._pytree", "transformers", "bitsandbytes", "gptqmodel", "optimum"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="IProgress not found")
-    import matplotlib.pyplot as plt
-    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def start(seed: int = 0) -> None:
+    """Begin a chapter: fix the seeds, take on the book's plot style, quiet the libraries, print the versions."""
+    quiet()
+    import matplotlib.pyplot as plt
+    import torch
+
     random.seed(seed)
     torch.manual_seed(seed)
     plt.style.use(Path(__file__).with_name("book.mplstyle"))

@@ -34,7 +34,6 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--limit", type=int, default=100, help="most questions a task, of the book's own")
     parser.add_argument("--serve", nargs="+", type=float, default=[], metavar="RATE", help="also on a serving engine (make "
                         "serving), at these rates of requests a second")
-    parser.add_argument("--address", help="of a running OpenAI-compatible server, to be measured as one more variant")
     parser.add_argument("--executor", help="dask://host:port: scores are computed on a cluster that sees the same files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="that full precision is computed in")
@@ -47,16 +46,17 @@ def compare(options: Namespace) -> int:
     given = {"model": options.model, "revision": options.revision, "dtype": options.dtype, "device": options.device,
              "prompts": options.prompts and str(options.prompts.resolve()), "gates": str(options.gates.resolve()),
              "methods": options.methods, "limit": options.limit}
+    book.quiet()
     study = prepared(**given)
     with executor_at(options.executor) as executor:
-        measured = study.measure(executor)
+        measured = study.measure(executor, rates=options.serve)
     verdict = study.verdict(measured)
     options.out.mkdir(parents=True, exist_ok=True)
     report.save(report.results(study, measured, verdict), options.out / "results.json")
     write_atomically(options.out / "manifest.yml", report.manifest(study, verdict, measured))
     # the chapter finds every cell in the store
     notebook = options.out / "report.ipynb"
-    book.execute(book.CHAPTERS / "09_harness.ipynb", notebook, **given, out=str(options.out.resolve()))
+    book.execute(book.CHAPTERS / "09_harness.ipynb", notebook, **given, rates=options.serve, out=str(options.out.resolve()))
     book.to_html(notebook, options.out / "report.html")
     for name, reason in verdict.reasons.items():
         print(f"{name:12} {reason}")

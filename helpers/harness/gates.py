@@ -46,6 +46,7 @@ class Gate:
     of: Quantity
     below: bool
     limit: float
+    rate: float | None = None  # requests/s that have to be served for it
 
     def __str__(self) -> str:
         return f"{self.field} {'<' if self.below else '>'} {self.limit:.6g}"
@@ -192,7 +193,7 @@ def _gates(asked: Mapping) -> Iterator[Gate]:
     yield from _percentiles(asked)
     if served := asked.get("served"):
         yield from _percentiles(served, served["rate"])
-        yield from _limits("served.errors", errors(served["rate"]), served.get("errors", []))
+        yield from _limits("served errors", errors(served["rate"]), served.get("errors", []), served["rate"])
     yield from _limits("memory_bytes", lambda v, _: exactly(v.bytes), asked.get("memory_bytes", []))
     yield from _limits("peak_bytes", lambda v, _: exactly(v.peak()), asked.get("peak_bytes", []))
     if where := asked.get("fits"):
@@ -207,9 +208,9 @@ def _least(field: str, of: Quantity, least: float) -> Gate:
     return Gate(field, of, False, least - 1e-9)  # to be just as much is enough
 
 
-def _limits(field: str, of: Quantity, limits: str | list) -> Iterator[Gate]:
+def _limits(field: str, of: Quantity, limits: str | list, rate: float | None = None) -> Iterator[Gate]:
     for limit in [limits] if isinstance(limits, str) else limits:
-        yield Gate(field, of, "<" in limit, float(limit.strip("<> ")))
+        yield Gate(field, of, "<" in limit, float(limit.strip("<> ")), rate)
 
 
 def _percentiles(asked: Mapping, rate: float | None = None) -> Iterator[Gate]:
@@ -217,7 +218,7 @@ def _percentiles(asked: Mapping, rate: float | None = None) -> Iterator[Gate]:
         for limit in [asked[what]] if isinstance(asked.get(what), str) else asked.get(what, []):
             q, sign, number = re.match(r"\s*p\((\d+)\)\s*([<>])\s*(\S+)", limit).groups()
             field = f"{'' if rate is None else f'served at {rate:g}/s, '}{what} p({q})"
-            yield Gate(field, percentile(what, int(q) / 100, rate), sign == "<", float(number))
+            yield Gate(field, percentile(what, int(q) / 100, rate), sign == "<", float(number), rate)
 
 
 def _by_name(asked: Any) -> Iterator[tuple[str, Any]]:

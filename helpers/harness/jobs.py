@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from helpers.harness.serve import EngineMissing, EngineRefused
+from helpers.harness.stream import EngineFailed
 from helpers.harness.variants import Variant
 from helpers.measure.memory import Died
 from helpers.results import machine, versions
@@ -16,7 +18,8 @@ from helpers.store import Cell, Store
 from helpers.toolkits.process import ToolkitFailed, ToolkitMissing
 
 # what one variant may fail of while the others go on (OSError: a model that cannot be had); all else is a mistake of ours
-FAILURES = (ValueError, OSError, MemoryError, ToolkitFailed, ToolkitMissing, Died, torch.OutOfMemoryError)
+FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, Died, ToolkitFailed, ToolkitMissing, EngineMissing,
+            EngineRefused, EngineFailed)
 
 
 class ExecutorUnavailable(ValueError):

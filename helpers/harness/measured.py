@@ -25,7 +25,6 @@ class Measured:
     form: Mapping[str, np.ndarray] | None = None
     peaks: Mapping[str, float] | None = None
     timed: Mapping[str, np.ndarray] | None = None
-    kernels: Mapping[str, int] = field(default_factory=dict)
     served: Mapping[float, Any] = field(default_factory=dict)  # by requests a second
     loads: Mapping[str, Any] = field(default_factory=dict)  # by engine
     failed: Mapping[str, str] = field(default_factory=dict)  # by measure

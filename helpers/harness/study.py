@@ -17,6 +17,7 @@ from helpers.harness.measured import Measured
 from helpers.harness.measures import Form, Latency, Memory
 from helpers.harness.named import DEFAULT, named, random_weights
 from helpers.harness.portability import Loads, matrix
+from helpers.harness.served import Served
 from helpers.harness.variants import Original, Variant
 from helpers.measure.answers import answered, prompt_ids
 from helpers.measure.quality import Scores
@@ -72,13 +73,23 @@ class Study:
         """Full precision first."""
         return [self.full, *self.variants]
 
-    def measure(self, executor: Executor | None = None, progress: bool = True) -> dict[str, Measured]:
-        """Everything, of every variant: {its name: what was measured}. What is stored is read; what fails says why."""
+    def served(self, rates: Sequence[float]) -> Served:
+        """On an engine: the rates asked for, and those of the gates."""
+        asked_for = sorted({*map(float, rates), *(g.rate for g in self.gates if g.rate is not None)})
+        return Served(self.judge[::max(1, len(self.judge) // 60)][:60], self.full, tuple(asked_for))
+
+    def measure(self, executor: Executor | None = None, progress: bool = True, rates: Sequence[float] = ()
+                ) -> dict[str, Measured]:
+        """Everything, of every variant: {its name: what was measured}. What is stored is read; what fails says why. On a
+        serving engine only at `rates` (requests/s) and those of the gates: it takes minutes."""
         questions = [self.quality(self.judge), self.form()] if self.judge else []
         texts = [self.texts()] if self.passages else []
         done = run([(m, v) for v in self.everyone() for m in questions + texts], self.store, executor, progress)
         memory = run([(Memory(device=self.device), v) for v in self.everyone()], self.store, progress=progress)
-        cells, failed = done.cells | memory.cells, done.failed | memory.failed
+        engine = self.served(rates)
+        to_serve = self.everyone() if engine.rates and self.judge else []
+        served = run([(engine, v) for v in to_serve], self.store, progress=progress)
+        cells, failed = done.cells | memory.cells | served.cells, done.failed | memory.failed | served.failed
         loadable = [v for v in self.everyone() if ("memory", v.name) in cells]
         times = self.times(loadable, progress)
         loads = self.loads(progress)
@@ -117,7 +128,8 @@ def _measured(v: Variant, done: Done, times: Mapping | None, loads: Mapping[str,
     arrays = {m: cell.arrays for (m, name), cell in done.cells.items() if name == v.name}
     return Measured(
         v, *(Scores.of(arrays[m]) if m in arrays else None for m in ("questions", "texts")), arrays.get("form"),
-        {k: float(x) for k, x in arrays["memory"].items()} if "memory" in arrays else None, times, loads=loads,
+        {k: float(x) for k, x in arrays["memory"].items()} if "memory" in arrays else None, times,
+        Served.by_rate(arrays["served"]) if "served" in arrays else {}, loads,
         failed={m: why for (m, name), why in done.failed.items() if name == v.name})
 
 
