@@ -65,8 +65,7 @@ class Gate:
         """How many times the sample would decide, if the estimate stays what it is: widths fall with its square root."""
         if not np.isfinite([i.low, i.high]).all():
             return ": too few values for this percentile"
-        gap, reach = abs(self.limit - i.estimate), (i.high - i.estimate if self.below == (i.estimate < self.limit)
-                                                    else i.estimate - i.low)
+        gap, reach = abs(self.limit - i.estimate), i.high - i.estimate if i.estimate < self.limit else i.estimate - i.low
         return ": at its limit" if gap == 0 else f": {(reach / gap) ** 2:.2g} times the sample would decide"
 
 

@@ -60,8 +60,8 @@ class Study:
         return Quality(items, self.full, self.store, self.device, "texts")
 
     def form(self) -> Form:
-        """The form of generated answers, of one question in eight."""
-        return Form(self.judge[::8], self.full, self.device)
+        """The form of generated answers, of one question in four."""
+        return Form(self.judge[::4], self.full, self.device)
 
     def latency(self) -> Latency:
         """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""
