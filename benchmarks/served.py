@@ -1,4 +1,4 @@
-"""Models behind a serving engine: `make served`, half an hour on a quiet machine with two cores; goes on where it was stopped.
+"""Models behind a serving engine: `make served`, some 40 minutes on two quiet cores; goes on where it was stopped.
 
 Two questions. What the bundled model and its artefacts answer there, against exact dequantization in this process; and how
 long a request takes at three rates of random arrivals, for a model of random weights that is large enough for a token to take
@@ -49,7 +49,7 @@ class Size:
     """How much is measured."""
 
     shape: Mapping[str, int]
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # requests/s
+    rates: tuple[float, ...] = (0.25, 0.5, 1.0)  # requests/s; two cores do about one a second
     requests: int = 64
     prompt_tokens: int = 128
     new_tokens: int = 32

@@ -292,7 +292,7 @@ tables.sizes(measured).round(2)
 #
 # $$\text{bytes} = 2 \cdot \text{layers} \cdot \text{KV heads} \cdot \text{head size} \cdot 2 \cdot \text{tokens} \tag{9.2}$$
 #
-# Does Llama-2 with a context of 4,096 tokens and 4 requests at once fit a GPU of 24 GB? And *quantizing* it, streamed block by
+# Does Llama-2 with a context of 4,096 tokens and 8 requests at once fit a GPU of 24 GB? And *quantizing* it, streamed block by
 # block, on 128 windows of 2,048 tokens?
 
 # %%
@@ -307,7 +307,7 @@ assert kv_bytes(SHAPES["70B"], 1) == 2 * 80 * 8 * 128 * 2 == 327_680
 plan = {}
 for size, config in SHAPES.items():
     for method in (Keep(), RowInt8(), Nf4(), Gptq(), Awq()):
-        fit = fits(config, method, gpu_gb=24, context=4096, batch=4)
+        fit = fits(config, method, gpu_gb=24, context=4096, batch=8)
         held = sum(quantizing_bytes(config, method, 128 * 2048).values()) / 2**30 if not method.stays else 0
         plan[size, method.name] = {"weights (GiB)": f"{fit.weights / 2**30:.1f}", "KV cache": f"{fit.kv / 2**30:.1f}",
                                    "fits 24 GB": "yes" if fit.fits else "no", "longest context": f"{fit.most_context:,}",
@@ -315,9 +315,9 @@ for size, config in SHAPES.items():
 pd.DataFrame(plan).T
 
 # %% [markdown]
-# Two things to take from it. A 7B model in 16 bits does not fit with four long requests, in 4 bits it does with room to spare,
-# and then the cache is larger than the weights. And calibrating GPTQ group by group on so many tokens needs more than serving
-# the result.
+# Two things to take from it. In 16 bits 7B does not fit with eight long requests, in 4 bits it does, and the cache is then
+# several times as large as the weights: at that load it is the cache that decides. And calibrating GPTQ group by group on so
+# many tokens holds more than serving the result does (a block at a time, `inputs="block"`, holds about half).
 #
 # ## Latency in this process
 #
@@ -335,8 +335,9 @@ assert (least_for_p95, least_for_p99) == (59, 299)
 tables.latencies(measured, FULL)
 
 # %% [markdown]
-# On a model this small it is the Python around the kernels that is timed. What does a kernel reach on a layer larger than the
-# cache? At batch 1 a linear can be no faster than its weights are read:
+# Two cautions. On a CPU this book loads GPTQ with the kernel that is exact, not the fastest one; and on a model this small it
+# is the Python around the kernels that is timed. What does a kernel reach on a layer larger than the cache? At batch 1 a linear
+# can be no faster than its weights are read:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.machine import bandwidth, share_of_bandwidth
@@ -378,10 +379,13 @@ answers_table()
 # answers as exact dequantization does.
 
 # %% tags=["nbval-ignore-output"]
+from IPython.display import display
+
 from helpers.harness.portability import table as portability_table
 from helpers.harness.study import recorded
 
-portability_table(recorded())
+with pd.option_context("display.max_colwidth", 60):
+    display(portability_table(recorded()))
 
 # %% [markdown]
 # ## Gates

@@ -301,7 +301,7 @@ def test_an_artefact_is_served_as_exact_dequantization_and_the_engine_dies(asked
     with serving(COMMITTED / "gptqmodel-gptq") as server:
         said = answers(server, prompts, NEW)
         assert [a.tokens for a in said] == in_process(model, prompts)
-        assert server.kernels() == ["CPUWNA16LinearKernel"]
+        assert len(server.kernels()) == 1 and (torch.cuda.is_available() or server.kernels() == ["CPUWNA16LinearKernel"])
         assert abs(kl(server, model, items[0].ids)) < 1e-3
         inside = [p for child in psutil.Process().children() for p in children(child)]
         stream = completion(server.url, server.model, [1], 1000, 60, ignore_eos=True)

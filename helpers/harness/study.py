@@ -19,7 +19,7 @@ from helpers.harness.named import DEFAULT, named, random_weights
 from helpers.harness.portability import Loads, matrix
 from helpers.harness.served import Served
 from helpers.harness.variants import Original, Variant
-from helpers.measure.answers import answered, prompt_ids
+from helpers.measure.answers import answered, prompt_ids, structured
 from helpers.measure.quality import Scores
 from helpers.measure.tasks import Example, applicable, encode_all, encode_text, examples, read_prompts, split, text
 from helpers.models.source import BUNDLED, DATA
@@ -60,8 +60,10 @@ class Study:
         return Quality(items, self.full, self.store, self.device, "texts")
 
     def form(self) -> Form:
-        """The form of generated answers, of one question in four."""
-        return Form(self.judge[::4], self.full, self.device)
+        """The form of generated answers, of up to 96 questions that want JSON and one in six of the others."""
+        json_wanted = [e for e in self.judge if structured(e)]
+        others = [e for e in self.judge if not structured(e)]
+        return Form(json_wanted[::max(1, len(json_wanted) // 96)][:96] + others[::6], self.full, self.device)
 
     def latency(self) -> Latency:
         """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""

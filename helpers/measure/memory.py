@@ -62,6 +62,9 @@ def _run(pickled: bytes, pipe: Connection) -> None:
         # glibc keeps freed blocks below a threshold that it raises as it goes; fixed, it gives them back. The same as
         # MALLOC_MMAP_THRESHOLD_, which only counts at the start of the process that this one is forked from
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
+    with open(os.devnull, "w") as nowhere:  # libraries talk while they load; an error arrives through the pipe
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     try:
         work, args = pickle.loads(pickled)  # here, so that what cannot be imported is an error in words
         answer = work(*args), None
