@@ -15,11 +15,11 @@ INSTALL := pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 CHAPTERS := $(wildcard chapters/*.ipynb)
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json data/results/*.npz)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json data/results/*.npz data/gates/*)
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served
+.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -100,6 +100,13 @@ bench: $(ENV) $(ORIGINALS)
 # Models behind the serving engine: their answers, and how fast they come under load; on a quiet machine, goes on where it was stopped
 served: $(ENV) $(SERVING) $(LOAD)
 	$(BIN)/python -m benchmarks.served
+
+# Variants of a model against your limits; all optional: MODEL PROMPTS GATES METHODS SERVE EXECUTOR OUT (see --help). make turns
+# every exit status but 0 into 2; `python -m helpers.compare` itself says 99 for "none passes", 98 for "undecided"
+compare: $(ENV)
+	$(BIN)/python -m helpers.compare $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
+	  $(if $(GATES),--gates '$(GATES)') $(if $(METHODS),--methods $(METHODS)) $(if $(SERVE),--serve $(SERVE)) \
+	  $(if $(EXECUTOR),--executor '$(EXECUTOR)') $(if $(OUT),--out '$(OUT)')
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)

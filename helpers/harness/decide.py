@@ -59,10 +59,9 @@ def _reason(name: str, findings: Sequence[Finding], pick: str | None, passing: S
         if which := [f for f in findings if f.outcome == kind]:
             return f"{word}: " + "; ".join(f"{f.gate} ({'measured ' if f.interval else ''}{f.reason})" for f in which)
     if name == pick:
-        smaller = [n for n in measured if n not in passing and measured[n].variant.predicted() is not None
-                   and measured[n].bytes < measured[name].bytes]
-        return "picked: passes every gate" + (f"; smaller but not passing: {', '.join(smaller)}" if smaller else
-                                              ", and nothing smaller was compared")
+        smaller = [n for n in measured if n not in passing and measured[n].bytes < measured[name].bytes]
+        return ("picked: passes every gate, and is the smallest that does (within 2 %, the nearest to full precision)"
+                + f"; smaller but not passing: {', '.join(smaller)}" * bool(smaller))
     if measured[name].bytes <= (1 + SAME_SIZE) * measured[pick].bytes:
         return f"passes; as small as {pick}, but not nearer to full precision"
     return f"passes; larger than {pick}"
