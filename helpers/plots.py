@@ -161,10 +161,13 @@ def sweep(table: dict[str, dict], colour: str) -> None:
 def pareto(ax, table: Mapping[str, tuple[float, tuple[float, float, float]]], kinds: Mapping[str, str],
            passing: Mapping[str, str], pick: str | None) -> None:
     """Size (MB) against KL from full precision with its interval, for each variant; filled: passes every gate, hollow: does
-    not. A ring marks the pick."""
-    shown = looks(table, kinds)
-    for name, (size, (estimate, low, high)) in table.items():
+    not. A ring marks the pick. Sizes that are nearly equal are set apart."""
+    shown, at = looks(table, kinds), []
+    apart = (max(size for size, _ in table.values()) - min(size for size, _ in table.values())) / 30
+    for name, (size, (estimate, low, high)) in sorted(table.items(), key=lambda row: row[1][0]):
         colour, marker = shown[name]
+        size = max(size, at[-1] + apart) if at else size
+        at.append(size)
         ax.errorbar(size, estimate, yerr=[[estimate - low], [high - estimate]], fmt=marker, color=colour, capsize=2,
                     mfc=colour if passing[name] == "pass" else "white", label=name)
         if name == pick:

@@ -52,6 +52,8 @@ class Variant(Protocol):
 
 def kind(variant: Variant) -> str:
     """The method's name, by which figures choose colours."""
+    if isinstance(variant, ToolkitArtefact):
+        return artefacts.ARTEFACTS[variant.artefact].method
     return variant.plan.default.name if variant.plan else variant.name
 
 
