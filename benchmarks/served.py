@@ -39,8 +39,8 @@ from helpers.models.source import BUNDLED
 from helpers.results import RESULTS, Record, save
 from helpers.store import Cell, Store
 
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 12,
-         "num_key_value_heads": 4}  # 128 M parameters
+SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+         "num_key_value_heads": 4}  # 77 M parameters
 FEWEST_FOR_P95 = 60
 
 
@@ -49,8 +49,8 @@ class Size:
     """How much is measured."""
 
     shape: Mapping[str, int]
-    rates: tuple[float, ...] = (0.25, 0.5, 1.0)  # requests/s; two cores do about one a second
-    requests: int = 64
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # requests/s
+    requests: int = 60
     prompt_tokens: int = 128
     new_tokens: int = 32
     questions: int = 60
@@ -75,7 +75,7 @@ class RtnAwq(Rtn):
 
 SERVED: dict[str, Variant] = {"16 bits": Original()} | {
     name: ToolkitArtefact(name, exact=True)
-    for name in ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq", "bitsandbytes-nf4")}
+    for name in ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq", "autoround-gptq", "bitsandbytes-nf4")}
 # (method, the engine's own arithmetic): fp16 stays nearest to fp32; bf16 processors with AMX are faster in, but not at 4 bits
 TIMES = {"16 bits": (None, "float16"), "16 bits, bf16": (None, "bfloat16"), "GPTQ file": (Rtn(), "float16"),
          "AWQ file": (RtnAwq(), "float16")}

@@ -1,7 +1,7 @@
-"""Shadow traffic: a prompt log replayed through two servers, answers compared, latency under load: `python -m helpers.replay --help`.
+"""Shadow traffic: a prompt log through two servers, answers compared, latency under load: `python -m helpers.replay --help`.
 
-Either may be any server with OpenAI's completions that returns token ids (vLLM). Exit status: 0 the answers that differ stay within
---differ, 99 they do not, 98 undecided at this number of prompts, 2 bad input.
+Either may be any server with OpenAI's completions that returns token ids (vLLM). Exit status: 0 the share of answers that
+differ is within --differ, 99 it is not, 98 undecided at this number of prompts, 2 bad input.
 """
 
 import sys
@@ -42,7 +42,8 @@ def parse(argv: list[str]) -> Namespace:
 def replay(options: Namespace) -> int:
     asked, folder = read_prompts(options.prompts), resolve(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    servers = [Server(url.rstrip("/"), name) for url, name in zip((options.first, options.second), options.served_as, strict=True)]
+    urls = [url.rstrip("/") for url in (options.first, options.second)]
+    servers = [Server(url, name) for url, name in zip(urls, options.served_as, strict=True)]
     for server in servers:
         server.check()
     prompts = [prompt_ids(tokenizer, e) for e in asked]
@@ -55,9 +56,10 @@ def replay(options: Namespace) -> int:
     texts = [render(tokenizer, e)[0] for e in asked]
     for rate in options.rates:
         runs = {s.url: load(s, folder, texts, rate, 64, 16, 192 / rate + 60) for s in servers}
-        print(pd.DataFrame({url: {f"{what} p{q}": percentile(getattr(r, f"{what}_ms"), q / 100) for what in ("ttft", "itl", "e2el")
-                                  for q in (50, 95) if len(r.e2el_ms)} | {"failed": r.errors, "doubt": r.doubt or ""}
-                            for url, r in runs.items()}).T.to_string())
+        times = {url: {f"{what} p{q}": percentile(getattr(r, f"{what}_ms"), q / 100) for what in ("ttft", "itl", "e2el")
+                       for q in (50, 95) if len(r.e2el_ms)} for url, r in runs.items()}
+        print(pd.DataFrame({url: row | {"failed": runs[url].errors, "doubt": runs[url].doubt or ""}
+                            for url, row in times.items()}).T.to_string())
     return STATUS[found.outcome]
 
 
