@@ -212,6 +212,43 @@ for metric in ("nll", "exact"):
 # "No difference detectable" is a result, and it comes with its price: the size that a difference would need. To see one half as
 # large takes four times the questions.
 #
+# ## Text, by domain
+#
+# Perplexity depends on its protocol. Here: each passage alone, from its start token, in windows of at most 512 tokens, every
+# token once.
+
+# %% tags=["nbval-ignore-output"]
+from helpers.harness import tables
+
+tables.texts(measured, FULL)
+
+# %% [markdown]
+# ## One file is one draw
+#
+# GPTQ, AWQ and AutoRound look at calibration text, so their file is one draw among many. Three draws of GPTQ's text, each
+# judged on the same questions:
+
+# %% tags=["nbval-ignore-output"]
+import random
+
+from helpers.harness.variants import Simulation
+from helpers.methods.gptq import Gptq
+from helpers.models.layers import common_group
+from helpers.models.texts import calibration, windows
+
+if asked:
+    group, documents = common_group(full.variant.load(study.device)), calibration(study.tokenizer)
+    drawn = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        drawn.append(study.quality(study.judge).scores(Simulation(f"GPTQ, draw {seed}", Gptq(group_size=group),
+                                                                  windows(shuffled, 128, 64), study.full)))
+    tokens = full.questions.answer.tokens
+    one, all_three = (ratio_interval(np.stack([d.answer.kl for d in some]), tokens) for some in (drawn[:1], drawn))
+    print("KL of each draw:", ", ".join(f"{d.answer.kl.sum() / tokens.sum():.4f}" for d in drawn))
+    print(f"one draw, interval over questions: {one}\nthree draws, over questions and draws: {all_three}")
+
+# %% [markdown]
 # ## The noise of the unquantized model against itself
 #
 # The same weights computed in bfloat16, or with other texts in the batch, are not the same numbers. No quantized variant can be
@@ -220,7 +257,6 @@ for metric in ("nll", "exact"):
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
-from helpers.harness.variants import Simulation
 from helpers.methods.keep import Keep
 
 if asked:
@@ -283,8 +319,6 @@ pd.DataFrame({n: {part: f"{m.form[part].mean():.1%}" for part in ("right", "json
 # computed in fp32 on a CPU, and a library brings its own buffers.
 
 # %% tags=["nbval-ignore-output"]
-from helpers.harness import tables
-
 tables.sizes(measured).round(2)
 
 # %% [markdown]
@@ -299,7 +333,6 @@ tables.sizes(measured).round(2)
 from helpers.measure.bytes import fits, kv_bytes, quantizing_bytes
 from helpers.measure.shapes import SHAPES
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
 from helpers.methods.int8 import RowInt8
 from helpers.methods.nf4 import Nf4
 
@@ -333,6 +366,15 @@ assert (least_for_p95, least_for_p99) == (59, 299)
 
 # %% tags=["nbval-ignore-output"]
 tables.latencies(measured, FULL)
+
+# %% [markdown]
+# Tokens a second, all sequences together, by batch and context, of full precision and the last variant:
+
+# %% tags=["nbval-ignore-output"]
+from helpers.measure.latency import throughput
+
+speeds = {v.name: throughput(as_served(v).load(study.device), (1, 8), (32, 256), 8) for v in (study.full, study.variants[-1])}
+pd.DataFrame(speeds).rename_axis(["batch", "context"]).round(0)
 
 # %% [markdown]
 # Two cautions. On a CPU this book loads GPTQ with the kernel that is exact, not the fastest one; and on a model this small it
@@ -457,7 +499,7 @@ print(manifest(study, verdict, measured))
 # metrics, corrected.
 
 # %% tags=["nbval-ignore-output"]
-from helpers.harness.validate import false_alarms, no_false_alarm_beyond, power
+from helpers.harness.validate import false_alarms, latency_power, no_false_alarm_beyond, power
 
 if len(quantized) > 1:
     pair = [quantized[n] for n in list(quantized)[-2:]]
@@ -468,7 +510,7 @@ else:
 alarms
 
 # %% [markdown]
-# **A/B**: now plant an effect of known size: the loss of each token higher by so much, or answers flipped from right to wrong.
+# **A/B**: now plant an effect of known size: the loss of each token higher by so much, answers flipped from right to wrong, latency stretched.
 # It should be found as often as the printed detectable difference promises.
 
 # %% tags=["nbval-ignore-output"]
@@ -479,6 +521,11 @@ if len(quantized) > 1:
     for metric, label in (("nll", "loss"), ("kl", "KL"), ("exact", "right answers")):
         size = difference(metric, *pair).detectable
         curves[label] = [power(*pair, metric, part * size, trials=100) for part in (0.5, 0.8, 1.2)]
+    both = [measured[n].latency_of("e2el_ms") for n in list(quantized)[-2:] if measured[n].timed is not None]
+    if len(both) == 2:
+        size = ratio_interval(np.log(both[0] / both[1]), np.ones(len(both[0]))).detectable()
+        curves["latency"] = [latency_power(*both, float(np.exp(part * size)), trials=100) for part in (0.5, 0.8, 1.2)]
+        print("latency, A/A:", {k: round(v, 3) for k, v in latency_power(*both, 1.0).items()})
     figure, axes = plt.subplots(figsize=(4.2, 3.8))
     plots.power(axes, curves)
     keep(figure, "power")
@@ -496,13 +543,10 @@ if len(quantized) > 1:
 from helpers.harness.decide import Adjustment, search
 from helpers.harness.measured import Measured
 from helpers.methods.rtn import Rtn
-from helpers.models.layers import common_group
-from helpers.models.texts import calibration, windows
 
 if asked:
-    group = common_group(full.variant.load(study.device))
     strict = parse_gates({"kl": "< 0.03"})
-    texts = windows(calibration(study.tokenizer), 128, 64)
+    texts = windows(documents, 128, 64)
     tuning, judging = study.quality(study.tune), study.quality(study.judge)
     base_tune = Measured(study.full, tuning.scores(study.full))
 

@@ -31,6 +31,19 @@ def sizes(measured: Mapping[str, Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.astype(float)
 
 
+def texts(measured: Mapping[str, Measured], full: str) -> pd.DataFrame:
+    """Perplexity, KL from full precision (nats/token) and agreement, by text. Protocol: each passage alone, from its start
+    token, in windows of at most 512 tokens, every token once."""
+    rows = {}
+    for name, m in measured.items():
+        for text in dict.fromkeys(m.texts.tasks.tolist()) if m.texts is not None else []:
+            s, base = m.sums(text), measured[full].sums(text)
+            rows[text, name] = {"perplexity": f"{s.perplexity():.3f}", "ΔNLL (nats/token)": str(s.delta_nll(base)),
+                                "KL (nats/token)": str(s.kl_interval()), "agreement": f"{s.agreement():.1%}",
+                                "tokens": f"{int(s.tokens.sum()):,}"}
+    return pd.DataFrame(rows).T
+
+
 def percentile(values: np.ndarray, q: float) -> str:
     """A percentile if the sample is large enough for an upper bound to it (p95: 59, p99: 299), else what is missing."""
     i = quantile_interval(values, q)

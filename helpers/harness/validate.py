@@ -1,6 +1,6 @@
 """The harness on trial: how often it sees a difference where there is none, and how often it finds one of a known size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy import stats
 
 from helpers.harness.ranking import ALPHA, Difference, difference
 from helpers.measure.quality import Scores, Sums
-from helpers.measure.stats import Z95, holm, mcnemar_power, share_interval, swap_test
+from helpers.measure.stats import Z95, holm, mcnemar_power, ratio_interval, share_interval, swap_test
 
 Pair = tuple[Scores, Scores]
 
@@ -94,10 +94,14 @@ def promise(d: Difference, effect: float, questions: int) -> float:
     return float(stats.norm.cdf(effect / d.detectable * (Z95 + stats.norm.ppf(0.8)) - Z95))
 
 
-def latency_trials(pairs: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]], trials: int = 500,
-                   seed: int = 0) -> dict[str, float]:
-    """How often two series of paired times are told apart, by their ratio: swap test on its logarithm."""
-    rng = np.random.default_rng(seed)
-    seen = sum(swap_test(np.log(a / b)) < ALPHA for a, b in (pairs(rng) for _ in range(trials)))
+def latency_power(first: np.ndarray, second: np.ndarray, stretch: float, trials: int = 500, seed: int = 0) -> dict[str, float]:
+    """How often two series of paired times are told apart: rounds drawn anew and exchanged at random, then one side made
+    `stretch` times as long (1: A/A). Judged by the logarithms of their ratios, which is also what promises."""
+    rng, seen, promised, logs = np.random.default_rng(seed), 0, [], np.log(first / second)
+    for _ in range(trials):
+        apart = logs[rng.integers(0, len(logs), len(logs))] * rng.choice([-1, 1], len(logs))
+        detectable = ratio_interval(apart, np.ones(len(apart)), resamples=400).detectable()
+        promised.append(stats.norm.cdf(np.log(stretch) / detectable * (Z95 + stats.norm.ppf(0.8)) - Z95))
+        seen += swap_test(apart + np.log(stretch)) < ALPHA
     i = share_interval(seen, trials)
-    return {"found": i.estimate, "low": i.low, "high": i.high}
+    return {"effect": stretch - 1, "found": i.estimate, "low": i.low, "high": i.high, "promised": float(np.mean(promised))}
