@@ -385,12 +385,11 @@ pd.DataFrame(speeds).rename_axis(["batch", "context"]).round(0)
 from helpers.measure.machine import bandwidth, share_of_bandwidth
 
 rows_, columns_ = 4096, 4096
-beyond = 1 << 28
 layers = {"float32": (torch.nn.Linear(columns_, rows_, bias=False), 4 * rows_ * columns_, torch.float32),
           "bfloat16": (torch.nn.Linear(columns_, rows_, bias=False).bfloat16(), 2 * rows_ * columns_, torch.bfloat16)}
-print(f"reads {bandwidth(size=beyond) / 1e9:.0f} GB/s")
+print(f"reads {bandwidth() / 1e9:.0f} GB/s")
 for name, (layer, size, kind_of) in layers.items():
-    print(f"{name}: {share_of_bandwidth(layer, columns_, size, kind_of, size=beyond, repeats=7):.0%} of it")
+    print(f"{name}: {share_of_bandwidth(layer, columns_, size, kind_of, repeats=7):.0%} of it")
 
 # %% [markdown]
 # ## Latency served by an engine
@@ -510,8 +509,8 @@ else:
 alarms
 
 # %% [markdown]
-# **A/B**: now plant an effect of known size: the loss of each token higher by so much, answers flipped from right to wrong, latency stretched.
-# It should be found as often as the printed detectable difference promises.
+# **A/B**: now plant an effect of known size: the loss of each token higher by so much, answers flipped from right to wrong,
+# latency stretched. It should be found as often as the printed detectable difference promises.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.ranking import difference

@@ -35,8 +35,9 @@ def texts(measured: Mapping[str, Measured], full: str) -> pd.DataFrame:
     """Perplexity, KL from full precision (nats/token) and agreement, by text. Protocol: each passage alone, from its start
     token, in windows of at most 512 tokens, every token once."""
     rows = {}
-    for name, m in measured.items():
-        for text in dict.fromkeys(m.texts.tasks.tolist()) if m.texts is not None else []:
+    scored = {name: m for name, m in measured.items() if m.texts is not None}
+    for text in dict.fromkeys(t for m in scored.values() for t in m.texts.tasks.tolist()):
+        for name, m in scored.items():
             s, base = m.sums(text), measured[full].sums(text)
             rows[text, name] = {"perplexity": f"{s.perplexity():.3f}", "ΔNLL (nats/token)": str(s.delta_nll(base)),
                                 "KL (nats/token)": str(s.kl_interval()), "agreement": f"{s.agreement():.1%}",

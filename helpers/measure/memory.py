@@ -1,27 +1,23 @@
 """Memory: the most that loading, prefill and decode of a model hold, measured in a process of its own."""
 
-import ctypes
 import math
 import os
 import pickle
-import platform
 import signal
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from traceback import format_exception
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from helpers.measure.child import enter
 from helpers.measure.latency import greedy_tokens, synchronise
 from helpers.measure.quality import vocabulary
 
 T = TypeVar("T")
-M_MMAP_THRESHOLD, GIVEN_BACK = -3, 1_000_000  # of glibc's malloc.h; bytes
 
 
 class Died(RuntimeError):
@@ -37,7 +33,7 @@ def alone(work: Callable[..., T], *args) -> T:
     context = get_context("forkserver")  # fork alone would take our memory along, and our OpenMP threads would be missing
     context.set_forkserver_preload(["torch"])  # no more: what asks for a GPU here would keep the children from using it
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_run, args=(pickle.dumps((work, args)), theirs), daemon=True)
+    child = context.Process(target=enter, args=(pickle.dumps((work, args)), theirs), daemon=True)
     child.start()
     theirs.close()
     try:
@@ -55,22 +51,6 @@ def alone(work: Callable[..., T], *args) -> T:
         why = f"signal {signal.Signals(-child.exitcode).name}" if child.exitcode < 0 else error or f"exit {child.exitcode}"
         raise Died(f"{name} in a process of its own was ended by {why}")
     return result
-
-
-def _run(pickled: bytes, pipe: Connection) -> None:
-    if platform.libc_ver()[0] == "glibc":
-        # glibc keeps freed blocks below a threshold that it raises as it goes; fixed, it gives them back. The same as
-        # MALLOC_MMAP_THRESHOLD_, which only counts at the start of the process that this one is forked from
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
-    with open(os.devnull, "w") as nowhere:  # libraries talk while they load; an error arrives through the pipe
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        work, args = pickle.loads(pickled)  # here, so that what cannot be imported is an error in words
-        answer = work(*args), None
-    except Exception as error:  # of any kind, and perhaps not picklable: it arrives in words
-        answer = None, "".join(format_exception(error))
-    pipe.send(answer)
 
 
 def _status(key: str) -> float:
