@@ -44,6 +44,8 @@ class Measured:
     def right(self, task: str = "overall") -> np.ndarray:
         """Whether each answer is right [questions], of a task or overall. Raises NotMeasured."""
         questions = self._scores("questions")
+        if task != "overall" and task not in questions.tasks:
+            raise NotMeasured(f"nothing of the name {task!r} was asked")
         return (questions if task == "overall" else questions.select(task)).exact
 
     def sums(self, name: str = "overall") -> Sums:
