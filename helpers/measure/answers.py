@@ -85,7 +85,8 @@ def is_correct(example: Example, text: str) -> bool:
     if structured(example) and parses(example.answer):
         same = jsonschema.Draft202012Validator({"const": json.loads(example.answer)})  # in Python true would equal 1
         return parses(text) and same.is_valid(json.loads(text))
-    return text.strip().rstrip(".").casefold() == example.answer.casefold()
+    said_so, right = (t.strip().rstrip(".").casefold() for t in (text, example.answer))
+    return said_so == right
 
 
 def structured(example: Example) -> bool:
