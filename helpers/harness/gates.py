@@ -69,7 +69,7 @@ class Gate:
         if not np.isfinite([i.low, i.high]).all():
             return ": too few values for this percentile"
         gap, reach = self.limit - i.estimate, (i.high - i.estimate if i.estimate < self.limit else i.estimate - i.low)
-        return ": at its limit" if abs(gap) <= SLACK else f": {(reach / gap) ** 2:.2g} times the sample would decide"
+        return ": at its limit" if abs(gap) < 2 * SLACK else f": {(reach / gap) ** 2:.2g} times the sample would decide"
 
 
 def shown(i: Interval) -> str:

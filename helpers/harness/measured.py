@@ -59,7 +59,7 @@ class Measured:
             return questions.select(name).answer
         if texts is not None and name in texts.tasks:
             return texts.select(name).all
-        raise NotMeasured(self.failed.get("quality", f"nothing of the name {name!r} was asked"))
+        raise NotMeasured(self.failed.get("questions") or self.failed.get("texts") or f"nothing of the name {name!r} was asked")
 
     def _scores(self, which: str) -> Scores:
         if (scores := getattr(self, which)) is None:
