@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from helpers.harness.gates import FAIL, PASS, UNDECIDED, Finding, Gate
-from helpers.harness.measured import Measured
+from helpers.harness.measured import Measured, NotMeasured
 from helpers.harness.variants import Variant, bits
 
 SAME_SIZE = 0.02  # files whose sizes differ by less count as equally small; the one nearer to full precision is taken
@@ -37,15 +37,23 @@ def decide(gates: Sequence[Gate], measured: Mapping[str, Measured], full: str) -
     """The verdict on variants that were all measured on the same questions."""
     findings = check(gates, measured, full)
     of = {name: outcome(f) for name, f in findings.items()}
-    passing = sorted((n for n in measured if of[n] == PASS), key=lambda n: measured[n].bytes)
+    passing = sorted((n for n in measured if of[n] == PASS), key=lambda n: _size(measured[n]))
     pick = None
     if passing:
-        near = [n for n in passing if measured[n].bytes <= (1 + SAME_SIZE) * measured[passing[0]].bytes]
+        near = [n for n in passing if _size(measured[n]) <= (1 + SAME_SIZE) * _size(measured[passing[0]])]
         pick = min(near, key=lambda n: _distance(measured[n]))
     higher = [n for n in passing if pick and int(bits(measured[n].variant)) > int(bits(measured[pick].variant))]
     overall = PASS if pick else UNDECIDED if UNDECIDED in of.values() else FAIL
     return Verdict(overall, pick, higher[0] if higher else None,
                    {n: _reason(n, findings[n], pick, passing, measured) for n in measured}, findings)
+
+
+def _size(m: Measured) -> float:
+    """Bytes of the weights; what no file holds is larger than all that one does."""
+    try:
+        return m.bytes
+    except NotMeasured:
+        return float("inf")
 
 
 def _distance(m: Measured) -> float:
@@ -59,10 +67,10 @@ def _reason(name: str, findings: Sequence[Finding], pick: str | None, passing: S
         if which := [f for f in findings if f.outcome == kind]:
             return f"{word}: " + "; ".join(f"{f.gate} ({'measured ' if f.interval else ''}{f.reason})" for f in which)
     if name == pick:
-        smaller = [n for n in measured if n not in passing and measured[n].bytes < measured[name].bytes]
+        smaller = [n for n in measured if n not in passing and _size(measured[n]) < _size(measured[name])]
         return ("picked: passes every gate, and is the smallest that does (within 2 %, the nearest to full precision)"
                 + f"; smaller but not passing: {', '.join(smaller)}" * bool(smaller))
-    if measured[name].bytes <= (1 + SAME_SIZE) * measured[pick].bytes:
+    if _size(measured[name]) <= (1 + SAME_SIZE) * _size(measured[pick]):
         return f"passes; as small as {pick}, but not nearer to full precision"
     return f"passes; larger than {pick}"
 
@@ -98,10 +106,10 @@ def search(first: Variant, adjustments: Iterable[Adjustment], tune: Callable[[Va
         trials.append(Trial(variant.name, because, outcome(findings), findings))
         if trials[-1].outcome == PASS:
             return trials, judge(variant)
-        stopped = [f.gate for f in findings if f.outcome != PASS]
-        while left and not any(gate.startswith(left[0].helps) for gate in stopped):
-            left.pop(0)
-        if not left:
+        helped: list[Finding] = []
+        while left and not helped:
+            helps, change, variant = left.pop(0)
+            helped = [f for f in findings if f.outcome != PASS and f.gate.startswith(helps)]
+        if not helped:
             return trials, None
-        _, change, variant = left.pop(0)
-        because = f"{stopped[0].split(' ')[0]} {trials[-1].outcome}: {change}"
+        because = f"{helped[0].gate.split(' ')[0]} {helped[0].outcome}: {change}"

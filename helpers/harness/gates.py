@@ -16,12 +16,13 @@ import numpy as np
 import yaml
 
 from helpers.harness.measured import Measured, NotMeasured
+from helpers.harness.strict import Strict
 from helpers.measure.stats import Interval, quantile_interval, ratio_interval, recovery_interval, share_interval
 
 SCHEMA = json.loads(Path(__file__).with_name("gates.schema.json").read_text())
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 GATES = 0.9  # confidence of the intervals
-WORDS = {"pattern": 'a limit such as "< 0.05", of a latency "p(95) < 450"', "maximum": "at most 1", "minimum": "no less"}
+SLACK = 1e-9  # to be just as much is enough, whatever it was rounded to
 Quantity = Callable[[Measured, Measured], Interval]  # of (the variant, full precision)
 
 
@@ -63,10 +64,12 @@ class Gate:
 
     def needed(self, i: Interval) -> str:
         """How many times the sample would decide, if the estimate stays what it is: widths fall with its square root."""
+        if self.field == "portability":
+            return ": there are engines that were not tried"
         if not np.isfinite([i.low, i.high]).all():
             return ": too few values for this percentile"
-        gap, reach = abs(self.limit - i.estimate), i.high - i.estimate if i.estimate < self.limit else i.estimate - i.low
-        return ": at its limit" if gap == 0 else f": {(reach / gap) ** 2:.2g} times the sample would decide"
+        gap, reach = self.limit - i.estimate, (i.high - i.estimate if i.estimate < self.limit else i.estimate - i.low)
+        return ": at its limit" if abs(gap) < 2 * SLACK else f": {(reach / gap) ** 2:.2g} times the sample would decide"
 
 
 def shown(i: Interval) -> str:
@@ -76,6 +79,12 @@ def shown(i: Interval) -> str:
 
 def exactly(value: float) -> Interval:
     return Interval(float(value), float(value), float(value))
+
+
+def _ratio(sums: np.ndarray, tokens: np.ndarray) -> Interval:
+    if len(tokens) < 2:
+        raise NotMeasured("a single text: nothing can be said of others")
+    return ratio_interval(sums, tokens, GATES)
 
 
 def recovery(task: str) -> Quantity:
@@ -95,7 +104,7 @@ def exact(task: str) -> Quantity:
 def agreement(_: str) -> Quantity:
     def of(variant: Measured, _: Measured) -> Interval:
         sums = variant.sums("overall")
-        return ratio_interval(sums.agree, sums.tokens, GATES)
+        return _ratio(sums.agree, sums.tokens)
 
     return of
 
@@ -103,7 +112,7 @@ def agreement(_: str) -> Quantity:
 def kl(name: str) -> Quantity:
     def of(variant: Measured, _: Measured) -> Interval:
         sums = variant.sums(name)
-        return ratio_interval(sums.kl, sums.tokens, GATES)
+        return _ratio(sums.kl, sums.tokens)
 
     return of
 
@@ -111,7 +120,7 @@ def kl(name: str) -> Quantity:
 def delta_nll(name: str) -> Quantity:
     def of(variant: Measured, full: Measured) -> Interval:
         after, before = variant.sums(name), full.sums(name)
-        return ratio_interval(after.nll - before.nll, after.tokens, GATES)
+        return _ratio(after.nll - before.nll, after.tokens)
 
     return of
 
@@ -119,7 +128,7 @@ def delta_nll(name: str) -> Quantity:
 def perplexity(name: str) -> Quantity:
     def of(variant: Measured, _: Measured) -> Interval:
         sums = variant.sums("texts" if name == "overall" else name)
-        return Interval(*np.exp(ratio_interval(sums.nll, sums.tokens, GATES)))
+        return Interval(*np.exp(_ratio(sums.nll, sums.tokens)))
 
     return of
 
@@ -148,7 +157,7 @@ def portability(variant: Measured, _: Measured) -> Interval:
 def read_gates(path: Path) -> list[Gate]:
     """The gates of a YAML file. Raises BadGates naming file, field and what was expected."""
     try:
-        asked = yaml.load(path.read_text(encoding="utf-8"), _OneKey)
+        asked = yaml.load(path.read_text(encoding="utf-8"), Strict)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadGates(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     try:
@@ -204,12 +213,12 @@ def _gates(asked: Mapping) -> Iterator[Gate]:
 
 
 def _least(field: str, of: Quantity, least: float) -> Gate:
-    return Gate(field, of, False, least - 1e-9)  # to be just as much is enough
+    return Gate(field, of, False, least - SLACK)
 
 
 def _limits(field: str, of: Quantity, limits: str | list, rate: float | None = None) -> Iterator[Gate]:
     for limit in [limits] if isinstance(limits, str) else limits:
-        yield Gate(field, of, "<" in limit, float(limit.strip("<> ")), rate)
+        yield Gate(field, of, "<" in limit, float(limit.strip().lstrip("<>")), rate)
 
 
 def _percentiles(asked: Mapping, rate: float | None = None) -> Iterator[Gate]:
@@ -223,24 +232,18 @@ def _percentiles(asked: Mapping, rate: float | None = None) -> Iterator[Gate]:
 def _by_name(asked: Any) -> Iterator[tuple[str, Any]]:
     """("", limit) for a limit alone, else (name, limit) for each."""
     if asked is not None:
-        yield from asked.items() if isinstance(asked, dict) else [("", asked)]
+        # YAML reads a name such as 4 or yes as something else
+        yield from ((str(k), v) for k, v in asked.items()) if isinstance(asked, dict) else [("", asked)]
 
 
 def _explained(error: jsonschema.ValidationError) -> str:
     """The field of a schema's error and what was expected there."""
     deepest = jsonschema.exceptions.best_match([error])
     where = ".".join(map(str, deepest.absolute_path)) or "the file"
+    known = deepest.schema.get("properties", {})
     if deepest.validator == "additionalProperties":
-        known = ", ".join(deepest.schema["properties"])
-        return f"{where}: {deepest.message.split('(')[-1].rstrip(')')}: expected some of {known}"
-    return f"{where}: {deepest.instance!r}: expected {WORDS.get(deepest.validator, deepest.message)}"
-
-
-class _OneKey(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently drop one."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k) for k, _ in node.value]
-        if twice := {k for k in keys if keys.count(k) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice.pop()!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        unknown = next(k for k in deepest.instance if k not in known)
+        return f"{where}: {unknown!r} is unknown: expected some of {', '.join(known)}"
+    if deepest.validator == "required":
+        return f"{where}: expected {next(k for k in deepest.schema['required'] if k not in deepest.instance)} too"
+    return f"{where}: {deepest.instance!r}: expected {deepest.schema['title']}"

@@ -44,6 +44,8 @@ class Measured:
     def right(self, task: str = "overall") -> np.ndarray:
         """Whether each answer is right [questions], of a task or overall. Raises NotMeasured."""
         questions = self._scores("questions")
+        if task != "overall" and task not in questions.tasks:
+            raise NotMeasured(f"nothing of the name {task!r} was asked")
         return (questions if task == "overall" else questions.select(task)).exact
 
     def sums(self, name: str = "overall") -> Sums:
@@ -57,7 +59,7 @@ class Measured:
             return questions.select(name).answer
         if texts is not None and name in texts.tasks:
             return texts.select(name).all
-        raise NotMeasured(self.failed.get("quality", f"nothing of the name {name!r} was asked"))
+        raise NotMeasured(self.failed.get("questions") or self.failed.get("texts") or f"nothing of the name {name!r} was asked")
 
     def _scores(self, which: str) -> Scores:
         if (scores := getattr(self, which)) is None:

@@ -39,7 +39,8 @@ class Difference:
         return f"{self.better} is better" if self.better else f"{NOTHING}; {self.detectable:.2g} would be"
 
 
-def difference(metric: str, first: Scores, second: Scores, names: tuple[str, str] = ("first", "second")) -> Difference:
+def difference(metric: str, first: Scores, second: Scores, names: tuple[str, str] = ("first", "second"),
+               resamples: int = 4000) -> Difference:
     """Two models on the same questions, not corrected for anything. Raises ValueError if they are not the same ones."""
     if not np.array_equal(first.ids, second.ids):
         raise ValueError(f"{names[0]} and {names[1]} were not asked the same questions")
@@ -50,14 +51,16 @@ def difference(metric: str, first: Scores, second: Scores, names: tuple[str, str
                           detectable_share(changed, len(first.ids)), changed)
     apart = getattr(first.answer, metric) - getattr(second.answer, metric)
     interval = ratio_interval(apart, first.answer.tokens)
-    return Difference(metric, *names, interval, swap_test(apart), interval.detectable())
+    return Difference(metric, *names, interval, swap_test(apart, resamples), interval.detectable())
 
 
 def rank(scores: Mapping[str, Scores], metrics: Sequence[str] = tuple(METRICS),
          pairs: Sequence[tuple[str, str]] | None = None) -> list[Difference]:
     """Every pair (or these) on every metric, p-values corrected over all of them together (Holm)."""
-    found = [difference(metric, scores[a], scores[b], (a, b)) for metric in metrics
-             for a, b in (pairs or combinations(scores, 2))]
+    pairs = list(combinations(scores, 2)) if pairs is None else pairs
+    # no p-value is below 1 / resamples: of too few, all would be above ALPHA once they are multiplied by their number
+    resamples = max(4000, int(4 / ALPHA * len(metrics) * len(pairs)))
+    found = [difference(metric, scores[a], scores[b], (a, b), resamples) for metric in metrics for a, b in pairs]
     return [replace(d, p_value=float(p)) for d, p in zip(found, holm([d.p_value for d in found]), strict=True)]
 
 

@@ -73,17 +73,20 @@ def greedy(new_tokens: int, **others) -> GenerationConfig:
 def parses(text: str) -> bool:
     """Whether an answer is JSON."""
     try:
-        json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        json.loads(text, parse_constant=int)  # Python takes NaN and Infinity for JSON; `int` refuses them
+    except (ValueError, RecursionError):  # plain ValueError: a number of thousands of digits
         return False
     return True
 
 
 def is_correct(example: Example, text: str) -> bool:
-    """Exact match: for structured tasks the same JSON value, else the same words (case and a final stop aside)."""
-    if structured(example):
-        return parses(text) and json.loads(text) == json.loads(example.answer)
-    return text.strip().rstrip(".").casefold() == example.answer.casefold()
+    """Exact match: for structured tasks the same JSON value, else the same words (case and a final stop aside), as also where
+    the right answer, a model's own, is no JSON although it is to be."""
+    if structured(example) and parses(example.answer):
+        same = jsonschema.Draft202012Validator({"const": json.loads(example.answer)})  # in Python true would equal 1
+        return parses(text) and same.is_valid(json.loads(text))
+    said_so, right = (t.strip().rstrip(".").casefold() for t in (text, example.answer))
+    return said_so == right
 
 
 def structured(example: Example) -> bool:
@@ -92,8 +95,11 @@ def structured(example: Example) -> bool:
 
 
 def schema_of(example: Example) -> dict:
-    """The JSON schema an answer has to hold: its own, else that of the right one: the same fields with the same types."""
-    return example.schema if example.schema is not None else _shape(json.loads(example.answer))
+    """The JSON schema an answer has to hold: its own, else that of the right one: the same fields with the same types; any JSON
+    if the right one, a model's own, is none."""
+    if example.schema is not None:
+        return example.schema
+    return _shape(json.loads(example.answer)) if parses(example.answer) else {}
 
 
 def _shape(value) -> dict:

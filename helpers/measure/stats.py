@@ -108,7 +108,7 @@ def mcnemar_power(changed: float, effect: float, questions: int, alpha: float = 
     fewest, most = stats.binom.ppf([1e-4, 1 - 1e-4], questions, p_changed).astype(int)
     pairs = np.arange(fewest, most + 1)
     critical = stats.binom.ppf(alpha / 2, pairs, 0.5)  # fewer than this on either side: p below alpha
-    lost = (changed / 2 + effect) / p_changed
+    lost = min(1.0, (changed / 2 + effect) / p_changed)
     seen = stats.binom.cdf(critical - 1, pairs, lost) + stats.binom.cdf(critical - 1, pairs, 1 - lost)
     weight = stats.binom.pmf(pairs, questions, p_changed)
     return float((seen * weight).sum() / weight.sum())
@@ -160,13 +160,14 @@ def quantile_interval(values: np.ndarray, q: float, confidence: float = 0.9) -> 
 
 def share_difference(after: np.ndarray, before: np.ndarray, ratio: float = 1.0, confidence: float = 0.95) -> Interval:
     """Interval of share(after) - ratio share(before), of right answers to the same questions (Newcombe 1998, method 10: two
-    Wilson intervals and the correlation of the answers). It has a width even where no answer changed."""
+    Wilson intervals and the correlation of the answers, with his correction for continuity, without which few changes in few
+    questions look surer than they are). It has a width even where no answer changed."""
     after, before = np.asarray(after, dtype=bool), np.asarray(before, dtype=bool)
     if after.shape != before.shape or not len(after):
         raise ValueError(f"expected answers to the same questions, got {after.shape} and {before.shape}")
     a, b = (share_interval(x.sum(), len(x), confidence) for x in (after, before))
-    both = np.std(after) * np.std(before)
-    phi = float(np.mean(after * before) - after.mean() * before.mean()) / both if both else 0.0
+    both, together = np.std(after) * np.std(before), float(np.mean(after & before) - after.mean() * before.mean())
+    phi = (together if together < 0 else max(0.0, together - 0.5 / len(after))) / both if both else 0.0
 
     def reach(of_a: float, of_b: float) -> float:
         return np.sqrt(max(0.0, of_a**2 + (ratio * of_b) ** 2 - 2 * phi * of_a * ratio * of_b))
@@ -182,7 +183,12 @@ def recovery_interval(after: np.ndarray, before: np.ndarray, confidence: float =
     if not np.any(before):
         raise ValueError("no right answer before, so nothing to recover")
 
-    def edge(of: Callable[[Interval], float]) -> float:
-        return optimize.brentq(lambda r: of(share_difference(after, before, r, confidence)), -1.0, 2.0 / np.mean(before) + 2)
+    beyond = 1 / share_interval(np.sum(before), len(before), confidence).low + 1  # both bounds are negative there
 
-    return Interval(float(np.mean(after) / np.mean(before)), max(0.0, edge(lambda i: i.low)), edge(lambda i: i.high))
+    def edge(of: Callable[[Interval], float]) -> float:
+        def at(ratio: float) -> float:
+            return of(share_difference(after, before, ratio, confidence))
+
+        return optimize.brentq(at, 0.0, beyond) if at(0.0) > 0 else 0.0  # at 0 it is the bound of `after` alone
+
+    return Interval(float(np.mean(after) / np.mean(before)), edge(lambda i: i.low), edge(lambda i: i.high))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import jsonschema
+
 from helpers.models.source import DATA
 from helpers.models.texts import BadData, chat, context_of, read_jsonl, read_text
 
@@ -157,6 +159,10 @@ def read_prompts(path: Path) -> list[Example]:
         if bad := [k for k, kind in {"answer": str, "task": str, "id": str, "schema": dict}.items()
                    if not isinstance(record.get(k, kind()), kind)]:
             raise BadData(f"{path}:{n}: {bad[0]}: expected {'an object' if bad[0] == 'schema' else 'text'}")
+        try:
+            jsonschema.Draft202012Validator.check_schema(record.get("schema", {}))
+        except jsonschema.SchemaError as error:
+            raise BadData(f"{path}:{n}: schema: expected a JSON schema ({error.message})") from error
         task = record.get("task", "prompts")
         found.append(Example(task, record["prompt"], record.get("answer", ""), record.get("id") or identify(
             task, record["prompt"], record.get("answer", "")), record.get("schema")))

@@ -18,16 +18,17 @@ def read_jsonl(path: Path) -> list[dict]:
         raise BadData(f"{path} is missing; `make sets` writes the files of data/eval, data/calibration and data/text")
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: a string may hold U+2028 and others at which that would cut
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise BadData(f"{path} is not UTF-8 text: {error}") from error
+    if lines == [""]:
+        raise BadData(f"{path} is empty")
     for n, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise BadData(f"{path}:{n}: not a line of JSON ({error.msg})") from error
-    if not records:
-        raise BadData(f"{path} is empty")
     return records
 
 
