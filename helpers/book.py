@@ -74,30 +74,27 @@ def execute(notebook: Path, out: Path, **parameters) -> None:
     partial.replace(out)
 
 
-def to_html(notebook: Path, out: Path) -> None:
-    """A notebook as one page that opens without a network; formulas stay as they are written."""
-    from nbconvert import HTMLExporter
+def fresh(source: Path, out: Path) -> None:
+    """The notebook of a chapter's .py half, not executed."""
+    import jupytext
+    import nbformat
 
-    exporter = HTMLExporter(embed_images=True, mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
-                            exclude_input_prompt=True, exclude_output_prompt=True)
-    page, _ = exporter.from_filename(str(notebook))
-    results.write_atomically(out, page)
+    notebook = jupytext.read(source)
+    for n, cell in enumerate(notebook.cells):
+        cell["id"] = f"{source.stem[:2]}-{n}"  # ids that do not change with every refresh
+    out.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, out)
 
 
 def refresh(names: list[str]) -> None:
     """Rewrite the committed notebooks (all, or these) from their .py halves, with the bundled model's outputs on this CPU."""
-    import jupytext
     import nbformat
 
     for source in tqdm([CHAPTERS / f"{n}.py" for n in names] or sorted(CHAPTERS.glob("*.py")), desc="refresh"):
-        notebook = jupytext.read(source)
-        for n, cell in enumerate(notebook.cells):
-            cell["id"] = f"{source.stem[:2]}-{n}"  # ids that do not change with every refresh
-        fresh = BUILD / "refresh" / f"{source.stem}.ipynb"
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, fresh)
-        execute(fresh, fresh)
-        done = nbformat.read(fresh, as_version=4)
+        notebook = BUILD / "refresh" / f"{source.stem}.ipynb"
+        fresh(source, notebook)
+        execute(notebook, notebook)
+        done = nbformat.read(notebook, as_version=4)
         done.metadata.pop("papermill", None)
         for cell in done.cells:
             cell.metadata.pop("papermill", None)

@@ -13,7 +13,9 @@ from helpers.files import write_atomically
 from helpers.harness import report
 from helpers.harness.gates import FAIL, PASS, UNDECIDED
 from helpers.harness.jobs import executor_at
+from helpers.harness.named import located
 from helpers.harness.study import DEFAULT_GATES, prepared
+from helpers.page import to_html
 
 STATUS = {PASS: 0, FAIL: 99, UNDECIDED: 98}
 BAD_INPUT = 2
@@ -43,21 +45,25 @@ def parse(argv: list[str]) -> Namespace:
 
 def compare(options: Namespace) -> int:
     """Measure, judge, report; the exit status."""
-    given = {"model": options.model, "revision": options.revision, "dtype": options.dtype, "device": options.device,
+    path = Path(options.model).expanduser()  # in full: the notebook runs in another folder
+    model = str(path.resolve()) if options.model != "bundled" and path.exists() else options.model
+    given = {"model": model, "revision": options.revision, "dtype": options.dtype, "device": options.device,
              "prompts": options.prompts and str(options.prompts.resolve()), "gates": str(options.gates.resolve()),
-             "methods": options.methods, "limit": options.limit}
+             "methods": located(options.methods), "limit": options.limit}
     book.quiet()
-    study = prepared(**given)
+    options.out.mkdir(parents=True, exist_ok=True)
     with executor_at(options.executor) as executor:
+        study = prepared(**given)
         measured = study.measure(executor, rates=options.serve)
     verdict = study.verdict(measured)
-    options.out.mkdir(parents=True, exist_ok=True)
     report.save(report.results(study, measured, verdict), options.out / "results.json")
     write_atomically(options.out / "manifest.yml", report.manifest(study, verdict, measured))
     # the chapter finds every cell in the store
     notebook = options.out / "report.ipynb"
-    book.execute(book.CHAPTERS / "09_harness.ipynb", notebook, **given, rates=options.serve, out=str(options.out.resolve()))
-    book.to_html(notebook, options.out / "report.html")
+    book.fresh(book.CHAPTERS / "09_harness.py", fresh := options.out / "report.fresh.ipynb")
+    book.execute(fresh, notebook, **given, rates=options.serve, out=str(options.out.resolve()))
+    fresh.unlink()
+    to_html(notebook, options.out / "report.html")
     for name, reason in verdict.reasons.items():
         print(f"{name:12} {reason}")
     print(f"verdict: {verdict.outcome}; pick: {verdict.pick or 'none'}; fallback: {verdict.fallback or 'none'}\n"

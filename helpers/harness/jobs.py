@@ -1,25 +1,29 @@
 """Measures of variants as jobs, on any executor: what is measured lands in its cell at once, what fails does so alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from helpers.files import code_hash
+from helpers.harness.compare import DECIDES, HELPERS
 from helpers.harness.serve import EngineMissing, EngineRefused
 from helpers.harness.stream import EngineFailed
 from helpers.harness.variants import Variant
 from helpers.measure.memory import Died
 from helpers.results import machine, versions
-from helpers.store import Cell, Store
+from helpers.store import BadCell, Cell, Store
 from helpers.toolkits.process import ToolkitFailed, ToolkitMissing
 
 # what one variant may fail of while the others go on (OSError: a model that cannot be had); all else is a mistake of ours
 FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, Died, ToolkitFailed, ToolkitMissing, EngineMissing,
             EngineRefused, EngineFailed)
+PATIENCE = 10  # seconds that a scheduler has to answer
 
 
 class ExecutorUnavailable(ValueError):
@@ -43,53 +47,85 @@ class Done(NamedTuple):
     failed: dict[tuple[str, str], str]
 
 
+@cache
+def _code() -> str:
+    return code_hash(*(HELPERS / room for room in DECIDES))
+
+
+def conditions() -> dict[str, Any]:
+    """What has to be alike wherever a job runs."""
+    return {"machine": machine(), "versions": versions(), "code": _code()}
+
+
 def work(measure: Measure, variant: Variant, here: Mapping) -> dict[str, np.ndarray]:
-    """One job, wherever it runs, with as many threads as `here`. Raises ValueError on a machine that would round otherwise."""
+    """One job, wherever it runs, with as many threads as `here`. Raises ValueError where it would round otherwise."""
     torch.set_num_threads(here["machine"]["threads"])
-    there = {"machine": machine(), "versions": versions()}
+    there = conditions()
     for what in ("cpu", "cpu_capability", "gpu"):
         if there["machine"][what] != here["machine"][what]:
             raise ValueError(f"a worker has another {what}, {there['machine'][what]}: results could not be paired")
-    if there["versions"] != here["versions"]:
-        raise ValueError(f"a worker has {there['versions']}, here are {here['versions']}: results could not be paired")
+    for what in ("versions", "code"):
+        if there[what] != here[what]:
+            raise ValueError(f"a worker has other {what}, {there[what]}, here are {here[what]}: results could not be paired")
     return dict(measure.of(variant))
 
 
 def run(jobs: Sequence[tuple[Measure, Variant]], store: Store, executor: Executor | None = None, progress: bool = True) -> Done:
     """Every job whose cell is not in the store, one after another, or all at once on an executor; shows what is left.
 
-    A variant that fails is in `failed` with the reason, and is tried again the next time. Raises BadCell, and any error that
-    is not in FAILURES; what is finished by then is stored.
+    A variant that fails is in `failed` with the reason, and is tried again the next time. Raises BadCell, ExecutorUnavailable
+    if the executor breaks off, and any error that is not in FAILURES; what is finished by then is stored.
     """
-    done, here = Done({}, {}), {"machine": machine(), "versions": versions()}
-    waiting = {}
+    done, here, waiting = Done({}, {}), conditions(), {}
+    keys: dict[str, Mapping | Exception] = {}  # once each: it reads all weights, and may run a toolkit
     with tqdm(total=len(jobs), disable=not progress, desc="measure", unit="cell") as bar:
+
+        def key(measure: Measure, variant: Variant) -> dict:
+            if variant.name not in keys:
+                try:
+                    keys[variant.name] = variant.key()
+                except FAILURES as error:
+                    keys[variant.name] = error
+            if isinstance(found := keys[variant.name], Exception):
+                raise found
+            return {**measure.key, "variant": found}
 
         def settle(measure: Measure, variant: Variant, result: Callable[[], Mapping[str, np.ndarray]]) -> None:
             name = (measure.name, variant.name)
             try:
-                done.cells[name] = store.get(variant.name, {**measure.key, "variant": variant.key()}, result)
+                done.cells[name] = store.get(variant.name, key(measure, variant), result)
+            except BadCell:
+                raise
             except FAILURES as error:
                 done.failed[name] = f"{type(error).__name__}: {error}"
+            except (CancelledError, BrokenExecutor) as error:
+                raise ExecutorUnavailable(f"executor: it broke off: {error}; what was finished is stored") from error
+            except Exception as error:
+                if type(error).__name__ != "KilledWorker":  # Dask's, which need not be installed
+                    raise
+                done.failed[name] = f"Died: {error}"
             bar.update()
 
-        for measure, variant in jobs:
-            bar.set_postfix_str(f"{measure.name}, {variant.name}")
-            if executor is None or _settled(store, measure, variant):
-                settle(measure, variant, lambda m=measure, v=variant: m.of(v))
-            else:
-                waiting[executor.submit(work, measure, variant, here)] = measure, variant
-        for future in as_completed(waiting):
-            settle(*waiting[future], future.result)
+        try:
+            for measure, variant in jobs:
+                bar.set_postfix_str(f"{measure.name}, {variant.name}")
+                try:
+                    to_do = executor is not None and not store.has(variant.name, key(measure, variant))
+                except FAILURES:
+                    to_do = False  # it cannot even be made
+                if to_do:
+                    waiting[executor.submit(work, measure, variant, here)] = measure, variant
+                else:
+                    settle(measure, variant, lambda m=measure, v=variant: m.of(v))
+            for future in as_completed(waiting):
+                settle(*waiting.pop(future), future.result)
+        except BaseException:
+            for future, job in waiting.items():
+                if not future.cancel() and future.done() and not future.cancelled():
+                    with suppress(Exception):  # the first one is raised
+                        settle(*job, future.result)
+            raise
     return done
-
-
-def _settled(store: Store, measure: Measure, variant: Variant) -> bool:
-    """Whether there is nothing to compute: it is stored, or the variant cannot even be made."""
-    try:
-        return store.has(variant.name, {**measure.key, "variant": variant.key()})
-    except FAILURES:
-        return True
 
 
 @contextmanager
@@ -106,7 +142,8 @@ def executor_at(address: str | None):
     except ImportError as error:
         raise ExecutorUnavailable("executor: Dask is not installed: pip install distributed") from error
     try:
-        with Client(f"tcp://{where}", timeout=10) as client:
-            yield client.get_executor(pure=False)
-    except OSError as error:
+        client = Client(f"tcp://{where}", timeout=PATIENCE)
+    except (OSError, ValueError) as error:  # ValueError: not an address
         raise ExecutorUnavailable(f"executor: no Dask scheduler answers at {where}: {error}") from error
+    with client:  # an OSError in here is none of the scheduler's
+        yield client.get_executor(pure=False)

@@ -39,7 +39,8 @@ class Measured:
         for size in (self.variant.measured(), self.variant.predicted()):
             if size is not None:
                 return size
-        raise NotMeasured("no file format holds it, so it has no size")
+        why = getattr(self.variant, "why", None)
+        raise NotMeasured(f"it could not be made: {why}" if why else "no file format holds it, so it has no size")
 
     def right(self, task: str = "overall") -> np.ndarray:
         """Whether each answer is right [questions], of a task or overall. Raises NotMeasured."""
@@ -49,7 +50,13 @@ class Measured:
         return (questions if task == "overall" else questions.select(task)).exact
 
     def sums(self, name: str = "overall") -> Sums:
-        """Sums over the answers of a task (overall: of all), or over a text ("texts": all). Raises NotMeasured."""
+        """Sums over the answers of a task (overall: of all), or over a text ("texts": all). Raises NotMeasured, also for one
+        text alone, which gives no interval."""
+        if len((found := self._sums(name)).tokens) < 2:
+            raise NotMeasured("a single text gives no interval: ask more")
+        return found
+
+    def _sums(self, name: str) -> Sums:
         questions, texts = self.questions, self.texts
         if name == "overall":
             return self._scores("questions").answer

@@ -13,12 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import helpers.methods  # noqa: F401  (makes all methods known)
 from helpers.files import code_hash, key_hash, put_in_place
 from helpers.harness.variants import Folder, Original, OurArtefact, ToolkitArtefact, Variant
-from helpers.methods.rtn import Rtn
 from helpers.models.checkpoint import format_for, quantize_to
 from helpers.models.formats import AWQ, GPTQ
 from helpers.models.layers import common_group
-from helpers.models.method import Format, Method, Plan
-from helpers.models.source import BUNDLED, DATA
+from helpers.models.method import Format, Method, Plan, PlanError
+from helpers.models.source import BUNDLED, DATA, ModelUnavailable
 from helpers.results import versions
 from helpers.toolkits.artefacts import ARTEFACTS, CACHE
 
@@ -28,7 +27,8 @@ DEFAULT = ("int8", "nf4", "gptq", "awq", "autoround")
 TOOLKIT = {"int8": "bitsandbytes-int8", "nf4": "bitsandbytes-nf4", "gptq": "gptqmodel-gptq", "awq": "gptqmodel-awq",
            "autoround": "autoround-gptq"}
 # the files of these methods have these shapes; random weights need no more
-SHAPED = {"gptq": (Rtn(), GPTQ), "awq": (Rtn(sym=False), AWQ)}
+SHAPED = {"gptq": ("sym=true", GPTQ), "awq": ("sym=false", AWQ)}  # settings of plain rounding, and the format
+WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class UnknownMethod(ValueError):
@@ -44,21 +44,35 @@ def named(names: Sequence[str], full: Original, tokens: Sequence[Sequence[int]],
     """
     if twice := [n for n in names if list(names).count(n) > 1]:
         raise UnknownMethod(f"methods: {twice[0]!r} is there twice")
-    return [_one(name, full, tokens, rebuild, shapes) for name in names]
+    found = [_one(name, full, tokens, rebuild, shapes) for name in names]
+    called = [full.name, *(v.name for v in found)]
+    if twice := [n for n in called if called.count(n) > 1]:
+        raise UnknownMethod(f"methods: two variants are called {twice[0]!r}: rename a folder")
+    return found
+
+
+def located(names: Sequence[str]) -> list[str]:
+    """The same names, folders with their full paths, which mean the same wherever they are read."""
+    return [n if _known(n) or not Path(n).expanduser().is_dir() else str(Path(n).expanduser().resolve()) for n in names]
+
+
+def _known(name: str) -> bool:
+    return name in ARTEFACTS or name in DEFAULT or name.partition(":")[0] in Method.known
 
 
 def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bool, shapes: bool) -> Variant:
     kind, _, settings = name.partition(":")
     if name in ARTEFACTS or name == "autoround" or (full.folder == BUNDLED and name in TOOLKIT):
         return ToolkitArtefact(TOOLKIT.get(name, name), full.model, full.revision, rebuild, True, name)
-    if (Path(name) / "config.json").is_file():
-        return Folder(Path(name).name, Path(name), True)
+    if not _known(name) and (folder := Path(name).expanduser().resolve() / "config.json").is_file():
+        return Folder(folder.parent.name, folder.parent, True)
     if kind not in Method.known or Method.known[kind].reference:
         ours = sorted(n for n, m in Method.known.items() if not m.reference)
         raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(ours)}, autoround), no artefact "
                             f"({', '.join(ARTEFACTS)}) and no folder with a config.json")
     if shapes and kind in SHAPED and not settings:
-        plan, form = Plan(SHAPED[kind][0]), SHAPED[kind][1]
+        rounding, form = SHAPED[kind]
+        plan = Plan(_method("rtn", rounding, full))
     else:
         plan = Plan(_method(kind, settings, full))
         form = format_for(plan)
@@ -66,19 +80,26 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
 
 
 def _method(kind: str, settings: str, full: Original) -> Method:
-    known, chosen = {f.name for f in fields(Method.known[kind])}, {}
+    known, chosen = {f.name: f.default for f in fields(Method.known[kind])}, {}
     for part in filter(None, settings.split(",")):
         name, _, value = part.partition("=")
         if name not in known or not value:
             raise UnknownMethod(f"methods: {kind}: {part!r}: expected setting=value, of {', '.join(sorted(known))}")
         try:
-            chosen[name] = json.loads(value.lower())
-        except json.JSONDecodeError as error:
-            raise UnknownMethod(f"methods: {kind}: {name}: {value!r}: expected a number, true or false") from error
-    if "group_size" in known - set(chosen):
+            given = json.loads(value.lower())
+        except json.JSONDecodeError:
+            given = None
+        kinds = (int, float) if isinstance(known[name], float) else (type(known[name]),)
+        if type(given) not in kinds or name in chosen:
+            raise UnknownMethod(f"methods: {kind}: {name}: {value!r}: expected {WORDS[kinds[-1]]}, once")
+        chosen[name] = given
+    if "group_size" in known and "group_size" not in chosen:
         with torch.device("meta"):
             chosen["group_size"] = common_group(AutoModelForCausalLM.from_config(full.config))
-    return Method.known[kind](**chosen)
+    try:
+        return Method.known[kind](**chosen)
+    except PlanError as error:
+        raise UnknownMethod(f"methods: {kind}: {error}") from error
 
 
 def ours(full: Original, plan: Plan, form: Format, tokens: Sequence[Sequence[int]]) -> Path:
@@ -94,11 +115,15 @@ def ours(full: Original, plan: Plan, form: Format, tokens: Sequence[Sequence[int
 
 def random_weights(config: Path) -> Path:
     """A folder with random weights in the shapes of a config.json and the bundled tokenizer, in the cache: latency and memory
-    need no more. Made now if it is not there."""
-    out = CACHE / f"random-{key_hash([json.loads(config.read_text()), versions()])}"
+    need no more. Made now if it is not there. Raises ModelUnavailable."""
+    try:
+        said, settings = json.loads(config.read_text(encoding="utf-8")), AutoConfig.from_pretrained(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"{config} is no model's config.json: {error}") from error
+    out = CACHE / f"random-{key_hash([said, versions()])}"
     if not out.is_dir():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config), dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float16)
         with tempfile.TemporaryDirectory(dir=_made(out.parent)) as temporary:
             model.save_pretrained(Path(temporary) / "model", max_shard_size="4GB")
             for path in (DATA / "model").glob("*token*"):

@@ -113,6 +113,10 @@ def read(path: Path) -> dict[str, Any]:
     except jsonschema.ValidationError as error:
         where = ".".join(map(str, error.absolute_path)) or "the file"
         raise BadResults(f"{path}: {where}: not as version {VERSION} of results.json has it: {error.message[:200]}") from error
+    count = len(found["asked"]["id"])
+    lists = [*found["asked"].items(), *(i for v in found["variants"] for i in v["items"].items())]
+    if bad := [k for k, values in lists if len(values) != count]:
+        raise BadResults(f"{path}: {bad[0]}: expected {count} values, one for each question")
     return found
 
 
@@ -135,20 +139,31 @@ def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -
 
 def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What got measurably worse between two results, variant by variant, paired by question and corrected for the number of
-    comparisons (Holm). Raises BadResults if no question is in both."""
-    before, found = {v["name"]: v for v in old["variants"]}, []
+    comparisons (Holm); a variant that had scores and has none now did, too.
+
+    Raises BadResults if fewer than 2 questions or no variant's scores are in both, or a question has another answer now.
+    """
+    before, found, gone = {v["name"]: v for v in old["variants"] if v["items"]}, [], []
     shared, a, b = np.intersect1d(old["asked"]["id"], new["asked"]["id"], return_indices=True)
     if len(shared) < 2:
         raise BadResults(f"{len(shared)} questions are in both results: expected at least 2")
+    tokens = np.array(new["asked"]["tokens"])[b]
+    if other := (np.array(old["asked"]["tokens"])[a] != tokens).sum():
+        raise BadResults(f"{other} of {len(shared)} questions have another answer now: expected the same model and questions")
     for v in new["variants"]:
-        if (earlier := before.get(v["name"])) and v["items"] and earlier["items"]:
+        if (earlier := before.get(v["name"])) and not v["items"]:
+            why = v["failed"].get("questions", "none were asked")
+            gone.append(f"{v['name']}: had scores before, now: {why}")
+        elif earlier:
             then, now = ({k: np.array(x["items"][k], dtype=float)[at] for k in x["items"]} for x, at in ((earlier, a), (v, b)))
             for what in ("nll", "kl"):
                 apart = now[what] - then[what]
                 found.append((swap_test(apart), apart.sum() > 0, f"{v['name']}: {what} on answers",
-                              ratio_interval(apart, np.array(new["asked"]["tokens"])[b])))
+                              ratio_interval(apart, tokens)))
             found.append((mcnemar(then["exact"], now["exact"]).p_value, now["exact"].sum() < then["exact"].sum(),
                           f"{v['name']}: right answers", share_difference(now["exact"], then["exact"])))
+    if not found and not gone:
+        raise BadResults("no variant has scores in both results: there is nothing to compare")
     corrected = holm([p for p, *_ in found])
-    return [f"{what} changed by {interval}" for (_, bad, what, interval), p in zip(found, corrected, strict=True)
+    return gone + [f"{what} changed by {interval}" for (_, bad, what, interval), p in zip(found, corrected, strict=True)
             if bad and p < ALPHA]

@@ -12,18 +12,18 @@ from transformers import AutoTokenizer
 from helpers.harness.compare import Quality
 from helpers.harness.decide import Verdict, decide
 from helpers.harness.gates import Gate, check_names, read_gates
-from helpers.harness.jobs import Done, run
+from helpers.harness.jobs import FAILURES, Done, run
 from helpers.harness.measured import Measured
 from helpers.harness.measures import Form, Latency, Memory
 from helpers.harness.named import DEFAULT, named, random_weights
 from helpers.harness.portability import Loads, matrix
 from helpers.harness.served import Served
-from helpers.harness.variants import Original, Variant
+from helpers.harness.variants import Missing, Original, Variant
 from helpers.measure.answers import answered, prompt_ids, structured
 from helpers.measure.quality import Scores
 from helpers.measure.tasks import Example, applicable, encode_all, encode_text, examples, read_prompts, split, text
 from helpers.models.source import BUNDLED, DATA
-from helpers.models.texts import calibration, context_of, windows
+from helpers.models.texts import BadData, calibration, context_of, windows
 from helpers.results import BadRecord, read
 from helpers.store import Store
 from helpers.toolkits.artefacts import CALIBRATION
@@ -72,8 +72,19 @@ class Study:
         return Latency(taken or noise, device=self.device)
 
     def everyone(self) -> list[Variant]:
-        """Full precision first."""
-        return [self.full, *self.variants]
+        """Full precision first. What cannot be made (a toolkit is missing, or fails) has a `Missing` in its place."""
+        return [self.full, *self._made]
+
+    @cached_property
+    def _made(self) -> list[Variant]:
+        found = []
+        for v in self.variants:
+            try:
+                getattr(v, "folder", None)  # which runs the toolkit
+            except FAILURES as error:
+                v = Missing(v.name, v.plan, self.full, error)
+            found.append(v)
+        return found
 
     def served(self, rates: Sequence[float]) -> Served:
         """On an engine: the rates asked for, and those of the gates."""
@@ -105,7 +116,7 @@ class Study:
     def loads(self, progress: bool = False) -> dict[str, dict[str, Loads]]:
         """{variant: {engine: whether it loads and answers right}}: of the committed artefacts from the record, of others
         measured now (minutes), if a gate asks for it."""
-        files = {v.name: v.folder for v in self.variants if hasattr(v, "folder")}
+        files = {v.name: v.folder for v in self._made if hasattr(v, "folder")}
         known = recorded() if self.full.folder == BUNDLED else {}
         found = {name: known[folder.name] for name, folder in files.items() if folder.name in known}
         rest = {name: folder for name, folder in files.items() if name not in found}
@@ -141,8 +152,11 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
     """A study from its arguments: `model` as everywhere in the book, or a config.json, whose shapes then get random weights;
     `prompts` a .jsonl (else the book's questions, `limit` a task); `methods` by name.
 
+    Own prompts that are kept for choosing settings calibrate too; where they are too few, the book's set follows them.
     Raises what is wrong with them: ModelUnavailable, BadData, BadGates, UnknownMethod, PlanError.
     """
+    if limit < 1:
+        raise BadData(f"limit: expected at least 1 question a task, got {limit}")
     chosen = read_gates(Path(gates or DEFAULT_GATES))
     shapes = model.endswith("config.json")
     full = Original(str(random_weights(Path(model))) if shapes else model, revision, dtype)
@@ -152,6 +166,9 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
         tune, judge, passages = [], [], {}
     elif prompts:
         tune, judge = split(answered(full.load(device), tokenizer, read_prompts(Path(prompts))))
+        if len(judge) < 2:
+            raise BadData(f"{prompts}: of {len(tune) + len(judge)} questions {len(judge)} are left to judge by, as a third is "
+                          "kept to choose settings by: expected at least 2")
         passages = {"essay": text("essay")}
     else:
         able = applicable(tokenizer)
@@ -159,8 +176,8 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
         passages = {name: text(name) for name in (("tales", "recipes") if bundled else ("essay",))}
     check_names(chosen, {e.task for e in judge}, set(passages))
     length = min(CALIBRATION["length"], context_of(tokenizer, full.config))
-    tokens = windows([prompt_ids(tokenizer, e) for e in tune] if prompts else calibration(tokenizer, CALIBRATION["name"]),
-                     length, CALIBRATION["count"])
+    own = [prompt_ids(tokenizer, e) for e in tune] if prompts and not shapes else []
+    tokens = windows([*own, *calibration(tokenizer, CALIBRATION["name"])], length, CALIBRATION["count"])
     names = list(methods) or [m for m in DEFAULT if bundled or m != "autoround"]  # which takes minutes to hours to make
     return Study(full, named(names, full, tokens, rebuild, shapes), tune, judge, passages, chosen, device, store or Store(),
                  shapes)

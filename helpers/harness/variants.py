@@ -184,6 +184,32 @@ class Folder(InFolder):
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Stands in for a variant that could not be made; whoever asks for more than its name is told why."""
+
+    name: str
+    plan: Plan | None
+    base: Original
+    why: Exception
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.base.config
+
+    def key(self) -> dict[str, Any]:
+        raise self.why
+
+    def load(self, device: str = "cpu") -> PreTrainedModel:
+        raise self.why
+
+    def predicted(self) -> None:
+        return None
+
+    def measured(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
 class Simulation:
     """A model quantized in memory: the weights that a file would give back, in a model that needs no toolkit.
 
