@@ -632,6 +632,5 @@ if asked:
 # </details>
 #
 # **Next**: choosing, with this harness, for three uses. *References*:
-# [Holm 1979](https://www.jstor.org/stable/4615733), [Newcombe
-# 1998](https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8%3C873::AID-SIM779%3E3.0.CO;2-I),
+# Holm 1979, Scandinavian Journal of Statistics 6, 65-70; Newcombe 1998, Statistics in Medicine 17, 2635-2650;
 # [paired comparison of quantized models](https://arxiv.org/abs/2605.28873).

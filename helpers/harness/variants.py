@@ -205,8 +205,7 @@ class Missing:
     def predicted(self) -> None:
         return None
 
-    def measured(self) -> None:
-        return None
+    measured = predicted
 
 
 @dataclass(frozen=True)
