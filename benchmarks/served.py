@@ -29,7 +29,7 @@ from helpers.harness.load import GENERATOR, Load, load
 from helpers.harness.serve import ENGINE, PLUGINS, EngineRefused, Server, answers, log_probabilities, serving
 from helpers.harness.variants import Original, ToolkitArtefact, Variant, loaded
 from helpers.measure import quality
-from helpers.measure.quality import generate, is_correct
+from helpers.measure.answers import generate, is_correct
 from helpers.measure.stats import ratio_interval
 from helpers.measure.tasks import Example, Item, encode_text, examples, render, text
 from helpers.methods.rtn import Rtn
