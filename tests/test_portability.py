@@ -9,7 +9,7 @@ import torch
 
 from helpers import harness
 from helpers.harness.portability import ENGINES, Loads, matrix, table
-from helpers.measure.quality import greedy
+from helpers.measure.answers import greedy
 from helpers.measure.tasks import TASKS, questions
 from helpers.models.reading import load_simulated
 from helpers.models.source import end_tokens

@@ -33,7 +33,7 @@ from helpers.harness.serve import (
 )
 from helpers.harness.stream import completion
 from helpers.measure import quality
-from helpers.measure.quality import greedy
+from helpers.measure.answers import greedy
 from helpers.measure.tasks import encode, examples
 from helpers.methods.rtn import Rtn
 from helpers.models.checkpoint import quantize_to
