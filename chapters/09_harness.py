@@ -88,9 +88,11 @@ def keep(figure, name):
 import time
 
 from helpers.harness.measures import as_served
+from helpers.harness.variants import Missing
 from helpers.measure.answers import greedy, prompt_ids
 
-racers = list(variants.values())[-3:-1] if len(variants) > 3 else list(variants.values())[:2]
+there = [v for v in variants.values() if not isinstance(v, Missing)]
+racers = there[-3:-1] if len(there) > 3 else there[:2]
 running = {v.name: as_served(v).load(study.device) for v in racers}
 question = torch.tensor([prompt_ids(study.tokenizer, study.judge[0])] if study.judge else [list(range(5, 40))])
 
@@ -477,7 +479,7 @@ from helpers.harness.decide import outcome
 
 if asked:
     figure, axes = plt.subplots(figsize=(6.5, 3.6))
-    points = {n: (m.bytes / 1e6, m.questions.answer.kl_interval()) for n, m in measured.items()}
+    points = {n: (measured[n].bytes / 1e6, s.answer.kl_interval()) for n, s in scores.items()}
     plots.pareto(axes, points, kinds, {n: outcome(f) for n, f in verdict.findings.items()}, verdict.pick)
     keep(figure, "pareto")
 

@@ -64,7 +64,7 @@ def start(seed: int = 0) -> None:
     print(", ".join(f"{name} {number}" for name, number in results.versions().items()))
 
 
-def execute(notebook: Path, out: Path, **parameters) -> None:
+def execute(notebook: Path, out: Path, /, **parameters) -> None:
     """Run a notebook with papermill, from the chapters' folder; `out` appears when it is finished."""
     import papermill
 

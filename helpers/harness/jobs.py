@@ -78,7 +78,7 @@ def run(jobs: Sequence[tuple[Measure, Variant]], store: Store, executor: Executo
     """
     done, here, waiting = Done({}, {}), conditions(), {}
     keys: dict[str, Mapping | Exception] = {}  # once each: it reads all weights, and may run a toolkit
-    with tqdm(total=len(jobs), disable=not progress, desc="measure", unit="cell") as bar:
+    with tqdm(total=len(jobs), disable=not (progress and jobs), desc="measure", unit="cell") as bar:
 
         def key(measure: Measure, variant: Variant) -> dict:
             if variant.name not in keys:

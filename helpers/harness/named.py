@@ -27,7 +27,7 @@ DEFAULT = ("int8", "nf4", "gptq", "awq", "autoround")
 TOOLKIT = {"int8": "bitsandbytes-int8", "nf4": "bitsandbytes-nf4", "gptq": "gptqmodel-gptq", "awq": "gptqmodel-awq",
            "autoround": "autoround-gptq"}
 # the files of these methods have these shapes; random weights need no more
-SHAPED = {"gptq": ("sym=true", GPTQ), "awq": ("sym=false", AWQ)}  # settings of plain rounding, and the format
+SHAPED = {"gptq": ("rtn", "sym=true", GPTQ), "awq": ("awq", "scale=false,clip=false", AWQ)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -67,12 +67,12 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
     if not _known(name) and (folder := Path(name).expanduser().resolve() / "config.json").is_file():
         return Folder(folder.parent.name, folder.parent, True)
     if kind not in Method.known or Method.known[kind].reference:
-        ours = sorted(n for n, m in Method.known.items() if not m.reference)
-        raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(ours)}, autoround), no artefact "
+        known = sorted(n for n, m in Method.known.items() if not m.reference)
+        raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(known)}, autoround), no artefact "
                             f"({', '.join(ARTEFACTS)}) and no folder with a config.json")
     if shapes and kind in SHAPED and not settings:
-        rounding, form = SHAPED[kind]
-        plan = Plan(_method("rtn", rounding, full))
+        rounding, settings, form = SHAPED[kind]
+        plan, tokens = Plan(_method(rounding, settings, full)), tokens[:1]
     else:
         plan = Plan(_method(kind, settings, full))
         form = format_for(plan)
