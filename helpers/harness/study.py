@@ -146,6 +146,12 @@ def _measured(v: Variant, done: Done, times: Mapping | None, loads: Mapping[str,
         failed={m: why for (m, name), why in done.failed.items() if name == v.name})
 
 
+def _fitting(asked: Sequence[Example], tokenizer, full: Original) -> list[Example]:
+    """Those that the model's context holds; says how many it does not. Raises BadData if that is all."""
+    fits = {i.id for i in encode_all(tokenizer, asked, full.config)} if asked else set()
+    return [e for e in asked if e.id in fits]
+
+
 def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
              prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 100,
              rebuild: bool = False, store: Store | None = None) -> Study:
@@ -174,6 +180,7 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
         able = applicable(tokenizer)
         tune, judge = (examples(part, able, limit) for part in ("tune", "judge"))
         passages = {name: text(name) for name in (("tales", "recipes") if bundled else ("essay",))}
+    tune, judge = (_fitting(part, tokenizer, full) for part in (tune, judge))
     check_names(chosen, {e.task for e in judge}, set(passages))
     length = min(CALIBRATION["length"], context_of(tokenizer, full.config))
     own = [prompt_ids(tokenizer, e) for e in tune] if prompts and not shapes else []
