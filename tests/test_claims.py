@@ -2,9 +2,14 @@
 
 import pytest
 
+from helpers.harness.compare import Quality
+from helpers.harness.ranking import rank
+from helpers.harness.variants import ToolkitArtefact
 from helpers.measure.stats import paired
+from helpers.measure.tasks import encode, examples
 from helpers.results import read
 from helpers.store import values
+from helpers.toolkits.artefacts import COMMITTED, build_seconds
 
 
 def sweeps(name):
@@ -111,3 +116,14 @@ def test_a_comparison_that_no_panel_has():
     gptq, awq = values("sweep_gptq")["scales: fitted to the range"], values("sweep_awq")["group size: 32"]
     for what in ("answer_kl", "answer_nll"):
         assert paired(gptq, awq, what).verdict() == "no difference detectable"
+
+
+def test_autoround_beside_the_others(bundled):
+    """What chapter 9 says of it, on its questions."""
+    quality = Quality([encode(bundled.tokenizer, e) for e in examples("judge", limit=40)], name="questions")
+    scores = {n: quality.scores(ToolkitArtefact(n, exact=True)) for n in (
+        "autoround-gptq", "gptqmodel-gptq", "gptqmodel-awq", "bitsandbytes-nf4")}
+    better = {(d.first, d.second): d.better for d in rank(scores, ["kl"]) if d.first == "autoround-gptq"}
+    assert better == {("autoround-gptq", "gptqmodel-gptq"): None, ("autoround-gptq", "gptqmodel-awq"): "autoround-gptq",
+                      ("autoround-gptq", "bitsandbytes-nf4"): "autoround-gptq"}
+    assert build_seconds(COMMITTED / "autoround-gptq") > build_seconds(COMMITTED / "gptqmodel-gptq")
