@@ -43,7 +43,7 @@ class Served:
             there = answers(server, prompts, self.new_tokens)
             same = [a.error is None and tuple(a.tokens[:-1] if a.ended else a.tokens) == h.tokens
                     for a, h in zip(there, here, strict=True)]
-            return self.loads(server) | {"same": np.array(same), "kernels": np.array(server.kernels() or ["16 bits"])}
+            return self.loads(server) | {"same": np.array(same), "kernels": np.array(server.kernels() or ["none named"])}
 
     def loads(self, server: Server) -> dict[str, np.ndarray]:
         """The runs at every rate, on a server that is there. Raises EngineMissing and EngineFailed."""
@@ -89,9 +89,9 @@ def served_table() -> pd.DataFrame | str:
                      if p in (found := r[f"{what.lower()}_ms"] or {})}
             rows[name, f"{r['rate']:g}/s"] = times | {
                 "tokens/s": f"{r['tokens_per_second']:.0f}", "requests": str(r["succeeded"]),
-                "failed": json.dumps(r["errors"]) if r["errors"] else "0", "kernel": ", ".join(r["kernels"]) or "16 bits",
+                "failed": json.dumps(r["errors"]) if r["errors"] else "0", "kernel": ", ".join(r["kernels"]) or "none named",
                 "doubt": r["doubt"] or ""}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.fillna("")
 
 
 def answers_table() -> pd.DataFrame | str:
@@ -100,5 +100,5 @@ def answers_table() -> pd.DataFrame | str:
         return "nothing was served yet: make serving, then make served"
     return pd.DataFrame({name: {"refused": a["refused"]} if "refused" in a else {
         "same answers": f"{a['same']} of {a['questions']}", "right": str(a["right"]), "in process": str(a["right_in_process"]),
-        "KL (nats/token)": f"{a['kl'][0]:.1e}", "kernel": ", ".join(a["kernels"]) or "16 bits",
+        "KL (nats/token)": f"{a['kl'][0]:.1e}", "kernel": ", ".join(a["kernels"]) or "none named",
         "ready (s)": f"{a['seconds_to_ready']:.0f}"} for name, a in found.items()}).T.fillna("")
