@@ -120,10 +120,20 @@ def test_a_comparison_that_no_panel_has():
 
 def test_autoround_beside_the_others(bundled):
     """What chapter 9 says of it, on its questions."""
-    quality = Quality([encode(bundled.tokenizer, e) for e in examples("judge", limit=40)], name="questions")
+    quality = Quality([encode(bundled.tokenizer, e) for e in examples("judge", limit=30)], name="questions")
     scores = {n: quality.scores(ToolkitArtefact(n, exact=True)) for n in (
         "autoround-gptq", "gptqmodel-gptq", "gptqmodel-awq", "bitsandbytes-nf4")}
     better = {(d.first, d.second): d.better for d in rank(scores, ["kl"]) if d.first == "autoround-gptq"}
     assert better == {("autoround-gptq", "gptqmodel-gptq"): None, ("autoround-gptq", "gptqmodel-awq"): "autoround-gptq",
                       ("autoround-gptq", "bitsandbytes-nf4"): "autoround-gptq"}
     assert build_seconds(COMMITTED / "autoround-gptq") > build_seconds(COMMITTED / "gptqmodel-gptq")
+
+
+def test_served_four_bits_win_no_latency():
+    """What chapter 9 says under its table: at every rate, against 16 bits in either type, at the median."""
+    runs = read("served").data["load"]
+    for form in ("GPTQ file", "AWQ file"):
+        for rate, run in runs[form].items():
+            assert all(run["e2el_ms"]["p50"] > runs[full][rate]["e2el_ms"]["p50"] for full in ("16 bits", "16 bits, bf16"))
+    answers = read("served").data["answers"]
+    assert len(answers) == 7 and all(a["same"] == a["questions"] == 60 for a in answers.values())

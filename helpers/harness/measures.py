@@ -78,7 +78,7 @@ class Latency:
     """TTFT, ITL and E2E of one request at a time, all variants in turn; as many prompts as `seconds` allow."""
 
     prompts: Sequence[Sequence[int]] = field(repr=False)
-    new_tokens: int = 8
+    new_tokens: int = 6
     seconds: float = 30
     device: str = "cpu"
     name: str = "latency"

@@ -60,10 +60,11 @@ class Study:
         return Quality(items, self.full, self.store, self.device, "texts")
 
     def form(self) -> Form:
-        """The form of generated answers, of up to 96 questions that want JSON and one in six of the others."""
+        """The form of generated answers, of some 60 questions that want JSON and as many others."""
         json_wanted = [e for e in self.judge if structured(e)]
         others = [e for e in self.judge if not structured(e)]
-        return Form(json_wanted[::max(1, len(json_wanted) // 96)][:96] + others[::6], self.full, self.device)
+        taken = [e for part in (json_wanted, others) for e in part[::max(1, len(part) // 60)][:60]]
+        return Form(taken, self.full, self.device)
 
     def latency(self) -> Latency:
         """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""
