@@ -14,8 +14,9 @@
 # **After this chapter** you can say which of several quantized variants of a model to deploy, which differences between them
 # are real, which cannot be told at your sample size, and how far the instrument that says so can be trusted.
 #
-# *Needs*: [chapter 2](02_pipelines.ipynb) for KL and the artefacts. *Time*: a minute and a half on a laptop CPU, from the
-# committed artefacts. *On a GPU*: the same cells; latency is then worth more.
+# *Needs*: [chapter 2](02_pipelines.ipynb) for KL and the artefacts. *Time*: two and a half minutes on two cores the first time,
+# under a minute once its cells are stored, from the committed artefacts. *On a GPU*: the same cells; latency is then worth
+# more.
 #
 # This chapter is also a report: `make compare MODEL=... PROMPTS=... GATES=...` runs it on your model, your questions and your
 # limits, and leaves it as one page, with `results.json`, a deployment manifest, and an exit status for CI.
@@ -153,7 +154,7 @@ print(f"{racers[0].name} takes {np.exp(ratio.estimate):.2f} [{np.exp(ratio.low):
 # %% [markdown]
 # ## Predict
 #
-# Before you look: which variant is nearest to full precision? Which differences will 40 questions a task not be able to show?
+# Before you look: which variant is nearest to full precision? Which differences will 30 questions a task not be able to show?
 
 # %%
 nearest_guess, cannot_be_told_guess = "autoround", {("gptq", "autoround")}

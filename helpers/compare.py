@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> Namespace:
                         "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; a quantized model's folder")
     parser.add_argument("--out", type=Path, default=book.BUILD / "compare", help="folder for the notebook, report.html, "
                         "results.json, manifest.yml and the figures")
-    parser.add_argument("--limit", type=int, default=100, help="most questions a task, of the book's own")
+    parser.add_argument("--limit", type=int, default=50, help="most questions a task, of the book's own")
     parser.add_argument("--serve", nargs="+", type=float, default=[], metavar="RATE", help="also on a serving engine (make "
                         "serving), at these rates of requests a second")
     parser.add_argument("--executor", help="dask://host:port: scores are computed on a cluster that sees the same files")

@@ -154,7 +154,7 @@ def _fitting(asked: Sequence[Example], tokenizer, full: Original) -> list[Exampl
 
 
 def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
-             prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 100,
+             prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 50,
              rebuild: bool = False, store: Store | None = None) -> Study:
     """A study from its arguments: `model` as everywhere in the book, or a config.json, whose shapes then get random weights;
     `prompts` a .jsonl (else the book's questions, `limit` a task); `methods` by name.
