@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.measure.answers import greedy
 from helpers.measure.latency import (
     beside,
     generate_timed,
@@ -16,7 +17,6 @@ from helpers.measure.latency import (
     tokens_per_second,
 )
 from helpers.measure.memory import alone
-from helpers.measure.quality import greedy
 from helpers.toolkits.artefacts import COMMITTED, reload
 
 

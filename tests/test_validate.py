@@ -10,7 +10,7 @@ from helpers.harness.ranking import difference
 from helpers.harness.validate import (
     exchanged,
     false_alarms,
-    latency_trials,
+    latency_power,
     no_false_alarm_beyond,
     planted,
     power,
@@ -149,17 +149,13 @@ def test_the_promise_at_the_detectable_size():
     assert promise(d, d.detectable, N) >= 0.8 > promise(d, d.detectable - 1.5 / N, N)
 
 
-@pytest.mark.parametrize("stretch, found", [(0.0, 0.05), (0.5, 0.29), (1.0, 0.8)])
-def test_stretched_times_are_told_apart(stretch, found):
-    """40 requests of very unequal length, 3 % of noise each: the stretch that a normal test finds four times in five, none of
-    it, and half of it."""
-    noise, n = 0.03, 40
-    by = np.exp(stretch * (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * noise * np.sqrt(2 / n))
-
-    def times(rng):
-        length = rng.exponential(100, n)
-        return by * length * rng.lognormal(0, noise, n), length * rng.lognormal(0, noise, n)
-
-    seen = latency_trials(times, trials=500)
-    assert seen["found"] == pytest.approx(found, abs=0.02 + 3.3 * np.sqrt(found * (1 - found) / 500))
+@pytest.mark.parametrize("noise, stretch", [(0.05, 1.0), (0.05, 1.02), (0.2, 1.05)])
+def test_latency_is_told_apart_as_often_as_promised(noise, stretch):
+    """A/A at 1: at most the nominal share; a stretch of known size: about as often as the printed effect says."""
+    rng = np.random.default_rng(0)
+    common = rng.lognormal(1, 0.3, 60)  # a slow round is slow for both
+    first, second = (common * rng.lognormal(0, noise, 60) for _ in range(2))
+    seen = latency_power(first, second, stretch, trials=500)
+    expected = 0.05 if stretch == 1 else seen["promised"]
+    assert seen["found"] == pytest.approx(expected, abs=0.03 + 3.3 * np.sqrt(expected * (1 - expected) / 500))
     assert seen["low"] <= seen["found"] <= seen["high"]
