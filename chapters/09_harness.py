@@ -15,7 +15,7 @@
 # are real, which cannot be told at your sample size, and how far the instrument that says so can be trusted.
 #
 # *Needs*: [chapter 2](02_pipelines.ipynb) for KL and the artefacts. *Time*: two and a half minutes on two cores the first time,
-# under a minute once its cells are stored, from the committed artefacts. *On a GPU*: the same cells; latency is then worth
+# about a minute once its cells are stored, from the committed artefacts. *On a GPU*: the same cells; latency is then worth
 # more.
 #
 # This chapter is also a report: `make compare MODEL=... PROMPTS=... GATES=...` runs it on your model, your questions and your
@@ -268,8 +268,8 @@ if asked:
 # %% [markdown]
 # ## The noise of the unquantized model against itself
 #
-# The same weights computed in bfloat16, or with other texts in the batch, are not the same numbers. No quantized variant can be
-# nearer to full precision than full precision is to itself:
+# The same weights computed in bfloat16, or with other texts in the batch, are not the same numbers. A difference of a variant
+# that is no larger than this one means nothing:
 
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
@@ -367,7 +367,7 @@ pd.DataFrame(plan).T
 # %% [markdown]
 # Two things to take from it. In 16 bits 7B does not fit with eight long requests, in 4 bits it does, and the cache is then
 # several times as large as the weights: at that load it is the cache that decides. And calibrating GPTQ group by group on so
-# many tokens holds more than serving the result does (a block at a time, `inputs="block"`, holds about half).
+# many tokens holds more than serving the result does (a block at a time, `inputs="block"`, holds less).
 #
 # ## Latency in this process
 #

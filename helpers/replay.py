@@ -12,7 +12,8 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from helpers import book
-from helpers.harness.gates import FAIL, GATES, PASS, UNDECIDED, Gate
+from helpers.compare import STATUS
+from helpers.harness.gates import GATES, Gate
 from helpers.harness.load import load
 from helpers.harness.serve import EngineMissing, Server, answers
 from helpers.harness.served import shadow
@@ -22,8 +23,6 @@ from helpers.measure.answers import prompt_ids
 from helpers.measure.stats import share_interval
 from helpers.measure.tasks import read_prompts, render
 from helpers.models.source import resolve
-
-STATUS = {PASS: 0, FAIL: 99, UNDECIDED: 98}
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from helpers.harness.decide import Verdict
 from helpers.harness.measured import Measured
 from helpers.harness.variants import bits
 from helpers.measure.stats import quantile_interval, ratio_interval
@@ -65,8 +64,3 @@ def latencies(measured: Mapping[str, Measured], full: str) -> pd.DataFrame:
                             f"{np.exp(ratio.estimate):.2f} [{np.exp(ratio.low):.2f}, {np.exp(ratio.high):.2f}]",
                             "requests": str(len(logs)), "kernels": "; ".join(m.timed["kernels"])}
     return pd.DataFrame(rows).T
-
-
-def verdicts(verdict: Verdict) -> pd.DataFrame:
-    """Each variant and each gate: pass, fail or undecided, with what was measured."""
-    return pd.DataFrame({name: {f.gate: f"{f.outcome}: {f.reason}" for f in found} for name, found in verdict.findings.items()})
