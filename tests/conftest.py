@@ -1,5 +1,7 @@
 """Shapes written in the types of helpers/quantizers are checked while the tests run."""
 
+import os
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -9,6 +11,19 @@ install_import_hook("helpers.quantizers", "beartype.beartype")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from helpers.models.source import load  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    """A test leaves threads and environment as they were: who starts workers of Dask has OMP_NUM_THREADS=1 afterwards, and a
+    toolkit that is run then, in a process of its own, adds up in another order than this process."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -144,9 +144,8 @@ def test_a_mistake_of_ours_is_raised_and_what_is_finished_kept(tmp_path, executo
     ({"versions": {"torch": "1.0"}}, "a worker has other versions"), ({"code": "0"}, "a worker has other code"),
     ({"machine": {"threads": 1, "cpu": "abacus", "cpu_capability": "DEFAULT", "gpu": None}}, "a worker has another cpu")])
 def test_another_worker_is_refused(tmp_path, change, said):
-    measure, threads = Says(), torch.get_num_threads()
+    measure = Says()
     done = run([(measure, Fake("a"))], Store(tmp_path), Inline(**change), progress=False)
-    torch.set_num_threads(threads)
     assert done.failed["says", "a"].startswith(f"ValueError: {said}") and not done.cells and not measure.asked
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +190,7 @@ def test_a_measure_travels_without_its_judge(tmp_path, bundled):
 def test_a_cluster_loses_a_worker_and_nothing_else(tmp_path, bundled, monkeypatch):
     """Two real workers; one is killed when the first cell is there. All cells come, once, with the bits of this process."""
     distributed = pytest.importorskip("distributed")
-    before, threads = {p.pid for p in psutil.Process().children(recursive=True)}, torch.get_num_threads()
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
     torch.set_num_threads(1)
     written, save = Counter(), Cell.save
     monkeypatch.setattr(Cell, "save", lambda cell, path: (written.update([path.name]), save(cell, path))[1])
@@ -219,7 +218,6 @@ def test_a_cluster_loses_a_worker_and_nothing_else(tmp_path, bundled, monkeypatc
     assert len(set(pids)) == 2 and 1 <= finished[0] <= 6 and not done.failed
     assert len(written) == len(done.cells) == 8 and set(written.values()) == {1}
     here = run([(near, v) for v in variants], near.store, progress=False)
-    torch.set_num_threads(threads)
     for name, cell in here.cells.items():
         for what, values in cell.arrays.items():
             assert np.array_equal(values, done.cells[name].arrays[what]), (name, what)
