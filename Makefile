@@ -9,6 +9,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 ENV := .venv/.installed
 ORIGINALS := .venv-originals/.installed
+PEERS := .venv-peers/.installed
 SERVING := .venv-serving/.installed
 LOAD := .venv-load/.installed
 INSTALL := pip install --quiet --disable-pip-version-check
@@ -19,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served
+.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -38,6 +39,12 @@ originals: $(ORIGINALS)
 $(ORIGINALS): $(ENV) originals.txt
 	rm -rf .venv-originals
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv-originals -r originals.txt
+	touch $@
+
+# ModelOpt, over the main environment (60 MB)
+$(PEERS): $(ENV) peers.txt
+	rm -rf .venv-peers
+	$(BIN)/$(INSTALL) --no-deps --target .venv-peers -r peers.txt
 	touch $@
 
 # A serving engine, and what puts load on it, each in an environment of its own: 3.5 and 1.5 GB on a CPU. The index's builds of
@@ -100,6 +107,9 @@ bench: $(ENV) $(ORIGINALS)
 # Models behind the serving engine: their answers, and how fast they come under load; on a quiet machine, goes on where it was stopped
 served: $(ENV) $(SERVING) $(LOAD)
 	$(BIN)/python -m benchmarks.served
+# Bits for each linear as AutoRound and ModelOpt choose them (eight minutes on one core; goes on where it was stopped)
+peers: $(PEERS)
+	$(BIN)/python -m benchmarks.peers
 
 # Variants of a model against your limits; all optional: MODEL PROMPTS GATES METHODS SERVE EXECUTOR OUT (see --help). make turns
 # every exit status but 0 into 2; `python -m helpers.compare` itself says 99 for "none passes", 98 for "undecided"
