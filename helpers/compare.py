@@ -30,7 +30,8 @@ def parse(argv: list[str]) -> Namespace:
                         '"task", "schema"}; a third of them is kept to choose settings by')
     parser.add_argument("--gates", type=Path, default=DEFAULT_GATES, help="your limits, YAML (chapter 9)")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="int8 nf4 gptq awq autoround; one with "
-                        "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; a quantized model's folder")
+                        "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; a quantized model's folder; "
+                        "a plan.json of `python -m helpers.sensitivity`")
     parser.add_argument("--out", type=Path, default=book.BUILD / "compare", help="folder for the notebook, report.html, "
                         "results.json, manifest.yml and the figures")
     parser.add_argument("--limit", type=int, default=50, help="most questions a task, of the book's own")

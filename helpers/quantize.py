@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import helpers.methods  # noqa: F401  (makes all methods known)
+from helpers.harness.allocate import read_plan
 from helpers.measure.bytes import measured_bytes, predicted_bytes
 from helpers.methods.keep import Keep
 from helpers.models.checkpoint import format_for, quantize_to
@@ -41,6 +42,8 @@ def parse(argv: list[str]) -> tuple[Method, Namespace]:
     parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window (chapter 5)")
     parser.add_argument("--windows", type=int, default=128, help="most calibration windows (chapter 5)")
     parser.add_argument("--keep", action="append", default=[], metavar="REGEX", help="linears to leave in 16 bits")
+    parser.add_argument("--plan", type=Path, help="a plan.json of `python -m helpers.sensitivity`, in place of the method and "
+                        "of --keep (chapter 7)")
     parser.add_argument("--inputs", choices=("group", "block"), default="group",
                         help="calibrate on all that is quantized so far, or on the blocks before: less memory (chapter 5)")
     parser.add_argument("--format", type=chosen_format, help=f"of {', '.join(f.name for f in FORMATS)} (chapter 3)")
@@ -52,17 +55,18 @@ def parse(argv: list[str]) -> tuple[Method, Namespace]:
 
 def run(method: Method, options: Namespace) -> None:
     source = resolve(options.model, options.revision)
-    plan = Plan(method, [(pattern, Keep()) for pattern in options.keep], options.inputs)
+    plan = (read_plan(options.plan, source) if options.plan else
+            Plan(method, [(pattern, Keep()) for pattern in options.keep], options.inputs))
     form, config, tokens = format_for(plan, options.format), AutoConfig.from_pretrained(source), []
-    if method.keeps:
+    if any(m.keeps for m in plan.methods()):
         if options.text is None:
-            raise ValueError(f"--text: {method.name} looks at what the model reads; give it a file of that kind")
+            raise ValueError(f"--text: {plan.default.name} looks at what the model reads; give it a file of that kind")
         tokenizer = AutoTokenizer.from_pretrained(source)
         length = min(options.length, context_of(tokenizer, config))
         encoded = [tokenizer.encode(p) for p in tqdm(read_text(options.text), desc="tokens")]
         tokens = windows(encoded, length, options.windows)
     before, after = (predicted_bytes(config, *to) / 1e6 for to in ((), (plan, form)))
-    print(f"{method} to {form.name}: {before:,.1f} MB become {after:,.1f}")
+    print(f"{options.plan or method} to {form.name}: {before:,.1f} MB become {after:,.1f}")
     outcome = quantize_to(options.out, source, plan, tokens, form, progress=True, device=options.device,
                           revision=options.revision, text=options.text and options.text.name)
     print(f"{options.out}: {measured_bytes(options.out) / 1e6:,.1f} MB, calibrated on {outcome.tokens:,} tokens")

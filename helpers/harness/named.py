@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import helpers.methods  # noqa: F401  (makes all methods known)
 from helpers.files import code_hash, key_hash, put_in_place
+from helpers.harness.allocate import read_plan
 from helpers.harness.variants import Folder, Original, OurArtefact, ToolkitArtefact, Variant
 from helpers.models.checkpoint import format_for, quantize_to
 from helpers.models.formats import AWQ, GPTQ
@@ -52,8 +53,8 @@ def named(names: Sequence[str], full: Original, tokens: Sequence[Sequence[int]],
 
 
 def located(names: Sequence[str]) -> list[str]:
-    """The same names, folders with their full paths, which mean the same wherever they are read."""
-    return [n if _known(n) or not Path(n).expanduser().is_dir() else str(Path(n).expanduser().resolve()) for n in names]
+    """The same names, folders and plans with their full paths, which mean the same wherever they are read."""
+    return [n if _known(n) or not Path(n).expanduser().exists() else str(Path(n).expanduser().resolve()) for n in names]
 
 
 def _known(name: str) -> bool:
@@ -66,10 +67,13 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
         return ToolkitArtefact(TOOLKIT.get(name, name), full.model, full.revision, rebuild, True, name)
     if not _known(name) and (folder := Path(name).expanduser().resolve() / "config.json").is_file():
         return Folder(folder.parent.name, folder.parent, True)
+    if name.endswith(".json") and Path(name).expanduser().is_file():
+        plan = read_plan(Path(name).expanduser(), full.folder)
+        return OurArtefact(Path(name).stem, ours(full, plan, format_for(plan), tokens), plan, True)
     if kind not in Method.known or Method.known[kind].reference:
         known = sorted(n for n, m in Method.known.items() if not m.reference)
         raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(known)}, autoround), no artefact "
-                            f"({', '.join(ARTEFACTS)}) and no folder with a config.json")
+                            f"({', '.join(ARTEFACTS)}), no folder with a config.json and no plan.json")
     if shapes and kind in SHAPED and not settings:
         rounding, settings, form = SHAPED[kind]
         plan, tokens = Plan(_method(rounding, settings, full)), tokens[:1]

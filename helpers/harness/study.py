@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -153,22 +154,29 @@ def _fitting(asked: Sequence[Example], tokenizer, full: Original) -> list[Exampl
     return [e for e in asked if e.id in fits]
 
 
-def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
-             prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 50,
-             rebuild: bool = False, store: Store | None = None) -> Study:
-    """A study from its arguments: `model` as everywhere in the book, or a config.json, whose shapes then get random weights;
-    `prompts` a .jsonl (else the book's questions, `limit` a task); `methods` by name.
+class Material(NamedTuple):
+    """A model, questions to choose settings by and others to judge by, texts, and windows of tokens to calibrate on."""
+
+    full: Original
+    tune: Sequence[Example]
+    judge: Sequence[Example]
+    passages: Mapping[str, Sequence[str]]
+    tokens: Sequence[Sequence[int]]
+
+
+def material(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
+             prompts: Path | None = None, limit: int = 50) -> Material:
+    """From the arguments of commands: `model` as everywhere in the book, or a config.json, whose shapes then get random
+    weights; `prompts` a .jsonl (else the book's questions, `limit` a task).
 
     Own prompts that are kept for choosing settings calibrate too; where they are too few, the book's set follows them.
-    Raises what is wrong with them: ModelUnavailable, BadData, BadGates, UnknownMethod, PlanError.
+    Raises what is wrong with them: ModelUnavailable, BadData.
     """
     if limit < 1:
         raise BadData(f"limit: expected at least 1 question a task, got {limit}")
-    chosen = read_gates(Path(gates or DEFAULT_GATES))
     shapes = model.endswith("config.json")
     full = Original(str(random_weights(Path(model))) if shapes else model, revision, dtype)
     tokenizer = AutoTokenizer.from_pretrained(full.folder)
-    bundled = full.folder == BUNDLED
     if shapes:
         tune, judge, passages = [], [], {}
     elif prompts:
@@ -180,12 +188,26 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
     else:
         able = applicable(tokenizer)
         tune, judge = (examples(part, able, limit) for part in ("tune", "judge"))
-        passages = {name: text(name) for name in (("tales", "recipes") if bundled else ("essay",))}
+        passages = {name: text(name) for name in (("tales", "recipes") if full.folder == BUNDLED else ("essay",))}
     tune, judge = (_fitting(part, tokenizer, full) for part in (tune, judge))
-    check_names(chosen, {e.task for e in judge}, set(passages))
     length = min(CALIBRATION["length"], context_of(tokenizer, full.config))
     own = [prompt_ids(tokenizer, e) for e in tune] if prompts and not shapes else []
     tokens = windows([*own, *calibration(tokenizer, CALIBRATION["name"])], length, CALIBRATION["count"])
-    names = list(methods) or [m for m in DEFAULT if bundled or m != "autoround"]  # which takes minutes to hours to make
+    return Material(full, tune, judge, passages, tokens)
+
+
+def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
+             prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 50,
+             rebuild: bool = False, store: Store | None = None) -> Study:
+    """A study from its arguments: those of `material`, gates in a file, and `methods` by name.
+
+    Raises what is wrong with them: ModelUnavailable, BadData, BadGates, UnknownMethod, PlanError.
+    """
+    chosen = read_gates(Path(gates or DEFAULT_GATES))
+    full, tune, judge, passages, tokens = material(model, revision, dtype, device, prompts, limit)
+    check_names(chosen, {e.task for e in judge}, set(passages))
+    # AutoRound takes minutes to hours to make
+    names = list(methods) or [m for m in DEFAULT if full.folder == BUNDLED or m != "autoround"]
+    shapes = model.endswith("config.json")
     return Study(full, named(names, full, tokens, rebuild, shapes), tune, judge, passages, chosen, device, store or Store(),
                  shapes)

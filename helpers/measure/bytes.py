@@ -5,6 +5,7 @@ Files are measured too. What a process holds is measured in `helpers/measure/mem
 
 from bisect import bisect_right
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,13 +40,15 @@ def _linear_bytes(model: nn.Module, plan: Plan | Method | None, form: Format | N
     form = format_for(plan := Plan.of(plan), form)
     for name, m in linears(model):
         if not (method := plan.at(name)).stays:
-            try:
-                specs = form.specs(m.out_features, m.in_features, method)
-            except GroupSizeError:
-                continue
-            found[name] = sum(dtype.itemsize * prod(shape) for end, (dtype, shape) in specs.items()
-                              if ANY not in shape and end not in NOT_WEIGHTS)
+            with suppress(GroupSizeError):
+                found[name] = weight_bytes(form, m.out_features, m.in_features, method)
     return found
+
+
+def weight_bytes(form: Format, rows: int, columns: int, method: Method) -> int:
+    """Bytes of a linear's weight in a file of this format. Raises GroupSizeError where it cannot hold it."""
+    return sum(dtype.itemsize * prod(shape) for end, (dtype, shape) in form.specs(rows, columns, method).items()
+               if ANY not in shape and end not in NOT_WEIGHTS)
 
 
 def _weights(model: PreTrainedModel, plan: Plan | Method | None, form: Format | None) -> int:

@@ -81,7 +81,7 @@ class Scores:
         return cls(arrays["id"], arrays["task"], *parts, arrays["exact"])
 
 
-def _batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
+def batched(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of items of similar length, at most `batch_tokens` tokens of them with the padding."""
     batch: list[int] = []
     for i in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
@@ -93,9 +93,19 @@ def _batches(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _compare(log_q: Tensor, log_p: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """([nll, kl, agree] at each position, [3, batch, positions]; whether the target is the likeliest token), of
-    log-probabilities [batch, positions, vocabulary], those of the reference being `log_p`."""
+def padded(items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens [items, length], padded on the right, where causal attention never looks; and of the tokens after the first,
+    [items, length - 1], which are there, and which are in an answer)."""
+    rows = [torch.tensor(i.ids) for i in items]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    position = torch.arange(1, ids.shape[1])  # of the predicted token
+    everything = position < torch.tensor([len(r) for r in rows])[:, None]
+    return ids, everything, everything & (position >= torch.tensor([i.start for i in items])[:, None])
+
+
+def compared(log_q: Tensor, log_p: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """([nll, kl, agree] at each position, [3, ...]; whether the target is the likeliest token), of log-probabilities
+    [..., vocabulary], those of the reference being `log_p`."""
     nll, likeliest = -log_q.gather(-1, targets[..., None])[..., 0], log_q.argmax(-1)
     if log_p is None:
         kl, agree = torch.zeros_like(nll), torch.ones_like(nll)
@@ -116,7 +126,7 @@ class Judge:
         named = [i.id for i in items if i.id]
         if len(set(named)) < len(named):
             raise ValueError("items: the same id twice, so that results could not be paired by it")
-        self.items, self.reference, self.batches = items, reference, list(_batches(items, batch_tokens))
+        self.items, self.reference, self.batches = items, reference, list(batched(items, batch_tokens))
         self.remembered: dict[int, list[Tensor]] = {}
 
     @torch.inference_mode()
@@ -126,11 +136,7 @@ class Judge:
         sums = np.zeros((2, 4, len(self.items)))  # (all, answer) x (nll, kl, agree, tokens) x items
         exact = np.zeros(len(self.items), dtype=bool)
         for n, batch in enumerate(tqdm(self.batches, disable=not progress, desc="score", leave=False)):
-            rows = [torch.tensor(self.items[i].ids) for i in batch]
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: causal attention never looks there
-            position = torch.arange(1, ids.shape[1])  # of the predicted token
-            everything = position < torch.tensor([len(r) for r in rows])[:, None]
-            answer = everything & (position >= torch.tensor([self.items[i].start for i in batch])[:, None])
+            ids, everything, answer = padded([self.items[i] for i in batch])
             parts = list(self._values(model, n, ids))
             values, right = (torch.cat(p, -1).cpu() for p in zip(*parts, strict=True))
             if not torch.isfinite(values[:2, everything]).all():
@@ -148,7 +154,7 @@ class Judge:
         for log_q in log_probabilities(model, ids):
             targets = ids[:, 1 + start:1 + start + log_q.shape[1]].to(log_q.device)
             start += log_q.shape[1]
-            yield _compare(log_q, None if against is None else next(against).to(log_q.device), targets)
+            yield compared(log_q, None if against is None else next(against).to(log_q.device), targets)
 
     def _reference(self, n: int, ids: Tensor) -> Iterator[Tensor] | None:
         if self.reference is None:

@@ -192,3 +192,14 @@ def recovery_interval(after: np.ndarray, before: np.ndarray, confidence: float =
         return optimize.brentq(at, 0.0, beyond) if at(0.0) > 0 else 0.0  # at 0 it is the bound of `after` alone
 
     return Interval(float(np.mean(after) / np.mean(before)), edge(lambda i: i.low), edge(lambda i: i.high))
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+    """Spearman's rank correlation with a 95 % bootstrap interval over the pairs. Raises ValueError with fewer than 4."""
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(a) < 4 or a.shape != b.shape:
+        raise ValueError(f"expected at least 4 pairs, got {a.shape} and {b.shape}")
+    drawn = np.random.default_rng(seed).integers(0, len(a), (resamples, len(a)))
+    with np.errstate(invalid="ignore"):  # a resample of one pair over and over has no correlation
+        found = [np.corrcoef(stats.rankdata(a[i]), stats.rankdata(b[i]))[0, 1] for i in (np.arange(len(a)), *drawn)]
+    return Interval(float(found[0]), *map(float, np.nanquantile(found[1:], [0.025, 0.975])))

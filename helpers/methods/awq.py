@@ -74,5 +74,6 @@ def scale_folds(step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: Mu
         best = awq.search_scale(candidates, awq.gram_loss(W, gram.H, bits, group_size))
         fold_scale(step.block, fold, best.scale)
         kept |= dict.fromkeys(fold.linears, gram.scaled(best.scale))
+        step.folded |= dict.fromkeys(fold.linears, best.scale)
         notes[readers[0]] = {"ratio": best.ratio}
     return notes

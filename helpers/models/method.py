@@ -104,6 +104,17 @@ class Method:
         """Name and settings."""
         return {"method": self.name, **asdict(self)}
 
+    @staticmethod
+    def of(key: Mapping) -> "Method":
+        """The inverse of `key`; raises PlanError for a method or a setting that is not known."""
+        settings = dict(key) if isinstance(key, Mapping) else {}
+        if (known := Method.known.get(name := settings.pop("method", None))) is None:
+            raise PlanError(f"method: {name!r} is none of {', '.join(sorted(Method.known))}")
+        try:
+            return known(**settings)
+        except TypeError as error:
+            raise PlanError(f"method: {name}: {error}") from error
+
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
@@ -189,6 +200,15 @@ class Plan:
     def key(self) -> dict:
         """All that decides what it does."""
         return {"default": self.default.key(), "rules": [[p, m.key()] for p, m in self.rules], "inputs": self.inputs}
+
+    @classmethod
+    def parse(cls, key: Mapping) -> "Plan":
+        """The inverse of `key`; raises PlanError."""
+        try:
+            rules = tuple((pattern, Method.of(method)) for pattern, method in key["rules"])
+            return cls(Method.of(key["default"]), rules, key["inputs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"plan: expected default, rules and inputs: {error!r}") from error
 
     def __str__(self) -> str:
         rules = "".join(f", {p}: {m}" for p, m in self.rules)

@@ -4,7 +4,7 @@ Peak memory is one block, its inputs and outputs for all tokens, and what is kep
 at each group of linears also keeps the widest of its intermediate results.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +33,13 @@ class Batch:
     arguments: tuple[tuple[tuple, dict], ...]
     wrap: Callable[[Tensor], Any]  # a block's output as the model wants it, which may be in a tuple
 
+    @torch.no_grad()
+    def logits(self, source: Source, hidden: Tensor) -> Tensor:
+        """The model's logits [..., vocabulary] of states [sequences, positions, width] after the last block, which need not
+        be all: what comes there works on each position by itself."""
+        with _bypassed(source.blocks, lambda *_: self.wrap(hidden)):
+            return source.model(input_ids=self.ids, use_cache=False).logits
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -55,9 +62,15 @@ class Stream:
             raise ValueError("sequences: calibration needs at least one token sequence, and none may be empty")
         if context and (longest := max(map(len, sequences))) > context:
             raise ValueError(f"sequences: one has {longest} tokens, the model's context is {context}; cut it")
+        return cls.enter(source, (ids for length, same in groupby(sequences, len)
+                                  for ids in torch.tensor(list(same)).split(max(1, at_once // length))))
+
+    @classmethod
+    @torch.no_grad()
+    def enter(cls, source: Source, batches: Iterable[Tensor]) -> "Stream":
+        """Send batches of tokens [sequences, length] up to the first block."""
         with source.present([n for n in source.outside if not n.startswith("lm_head.")]):
-            return cls(tuple(_enter(source, ids.to(source.device)) for length, same in groupby(sequences, len)
-                             for ids in torch.tensor(list(same)).split(max(1, at_once // length))))
+            return cls(tuple(_enter(source, ids.to(source.device)) for ids in batches))
 
     def run(self, block: nn.Module, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         args, kwargs = batch.arguments[self.index]
@@ -79,8 +92,7 @@ class Stream:
     def logits(self, source: Source) -> Iterator[Tensor]:
         """After the last block: the model's logits [sequences, length, vocabulary] of each batch."""
         for batch in self.batches:
-            with _bypassed(source.blocks, lambda i, hidden, *_, batch=batch: batch.wrap(batch.hidden)):
-                yield source.model(input_ids=batch.ids, use_cache=False).logits
+            yield batch.logits(source, batch.hidden)
 
 
 @contextmanager
@@ -136,6 +148,7 @@ class Step:
     last: bool = False
     outputs: Stream | None = None  # set where something has run the batches through already
     seen: dict[tuple[str, ...], dict[type, Any]] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)  # {linear: s} where its inputs were divided by s
 
     @torch.no_grad()
     def keep(self, kinds: Mapping[tuple[str, ...], type]) -> dict[str, Any]:
@@ -199,16 +212,17 @@ class Step:
         self.outputs = self.stream.after(arrived)
 
 
-def walk(model: nn.Module | Source, sequences: Sequence[Sequence[int]] = (), at_once: int = 4096,
+def walk(model: nn.Module | Source, sequences: Sequence[Sequence[int]] | Stream = (), at_once: int = 4096,
          progress: bool = False) -> Iterator[Step]:
     """A step for each block. What the caller leaves of the block makes the inputs of the next one, unless the step has
-    `outputs` already. Without sequences the blocks go by with nothing at their entrance.
+    `outputs` already. Without sequences the blocks go by with nothing at their entrance; a stream has entered already.
 
     Raises what `Stream.start` does.
     """
     source = Source.of(model)
-    stream = Stream.start(source, sequences, at_once) if sequences else Stream(())
-    probe = Stream.start(source, [range(8)]) if sequences else None
+    if not isinstance(stream := sequences, Stream):
+        stream = Stream.start(source, sequences, at_once) if sequences else Stream(())
+    probe = Stream.start(source, [range(8)]) if stream.batches else None
     layouts: dict[str, Layout] = {}
     count = len(source.blocks)
     for n, (name, block) in enumerate(tqdm(source, total=count, disable=not progress, desc="blocks")):

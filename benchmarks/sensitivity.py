@@ -1,0 +1,192 @@
+"""The layers of the bundled model, and what plans made of their map are worth: `make maps`, some 45 minutes on two cores.
+
+Resumes at the cell it was at. In data/results: the map, with the values of every question (sensitivity.npz, of the tuning
+questions); what is derived from it (sensitivity.json); and plans, uniform settings, rules of thumb and the peers' allocations
+at equal bytes, quantized for real by one solver on several draws of the calibration text, judged on other questions
+(plans.npz, plans.json).
+"""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.sweeps import tokens
+from helpers.files import folder_hash
+from helpers.harness.allocate import Allocation
+from helpers.harness.compare import Quality
+from helpers.harness.planner import Planner, settings, single_kl
+from helpers.harness.sensitivity import OWN, SHARED, Sensitivity, where
+from helpers.harness.variants import Original, Simulation, loaded
+from helpers.measure.quality import Judge
+from helpers.measure.scores import cheap_scores
+from helpers.measure.sensitivity import alone
+from helpers.measure.stats import ratio_interval
+from helpers.measure.tasks import Item, encode, examples
+from helpers.methods.awq import Awq
+from helpers.methods.gptq import Gptq
+from helpers.methods.keep import Keep
+from helpers.methods.nf4 import Nf4
+from helpers.methods.rtn import Rtn
+from helpers.models.formats import GPTQ
+from helpers.models.layers import linears
+from helpers.models.method import Method, Plan
+from helpers.models.quantize import quantized
+from helpers.models.source import BUNDLED
+from helpers.models.walk import walk
+from helpers.results import RESULTS, Record, read, save
+from helpers.store import Cell, bundle
+from helpers.toolkits.artefacts import CALIBRATION
+
+TUNE, JUDGE, DRAWS = 30, 60, 3  # questions a task; quantizations of each plan
+MAP = (Rtn(4), Rtn(3), Rtn(2), Gptq(4), Gptq(3), Gptq(2), Awq(4), Awq(3), Awq(2), Nf4())
+BUDGETS = (2.75, 3.0, 3.28, 3.5, 3.75, 4.0, 4.28, 4.5, 5.0, 6.0)  # bits a weight, as files count them
+BASE = Gptq(search=True)
+KEPT = ("answer_nll", "answer_kl", "exact")
+
+
+def items(split: str, limit: int) -> list[Item]:
+    return [encode(loaded("bundled", None, "float32", "cpu").tokenizer, e) for e in examples(split, limit=limit)]
+
+
+def rules() -> dict[str, Plan]:
+    """Rules of thumb, on a base of 3 bits: what people keep high."""
+    low, high, higher = (replace(BASE, bits=b) for b in (3, 4, 8))
+    return {"attention 4, MLP 3": Plan(low, (("self_attn", high),)), "MLP 4, attention 3": Plan(low, (("mlp", high),)),
+            "down_proj 4, others 3": Plan(low, (("down_proj", high),)),
+            "down_proj 8, others 3": Plan(low, (("down_proj", higher),)),
+            "first and last block 4, others 3": Plan(low, ((r"layers\.[03]\.", high),)),
+            "last block 8, others 3": Plan(low, ((r"layers\.3\.", higher),)),
+            "first block 8, others 3": Plan(low, ((r"layers\.0\.", higher),)),
+            "v_proj and o_proj 8, others 3": Plan(low, (("[vo]_proj", higher),))}
+
+
+def peers(planner: Planner) -> dict[str, Plan]:
+    """The allocations of data/results/peers.json, with our GPTQ as the solver of all."""
+    found = {}
+    for peer, budgets in read("peers").data["choices"].items():
+        for budget, choice in budgets.items():
+            methods = {n: replace(BASE, bits=c["bits"], group_size=c["group_size"]) if c["bits"] < 16 else Keep()
+                       for n, c in choice["linears"].items()}
+            found[f"{peer}, {budget}"] = Allocation(methods, 0, 0).plan()
+    return found
+
+
+def ends(sens: Sensitivity) -> dict[str, list[str]]:
+    """What is raised together: each linear, each kind, each block."""
+    inside = [n for n in sens.shapes if where(n)[0] is not None]
+    kinds, blocks = ({k: [n for n in inside if where(n)[at] == k] for k in dict.fromkeys(where(n)[at] for n in inside)}
+                     for at in (1, 0))
+    return {n: [n] for n in inside} | kinds | {f"block {b}": layers for b, layers in blocks.items()}
+
+
+def random_plans(planner: Planner, count: int = 40) -> Iterator[dict[str, Method]]:
+    """Allocations drawn at random, of which each has its own range of bits."""
+    draw = random.Random(0)
+    units = [*planner.units, *((n,) for n in planner.options if not any(n in u for u in planner.units))]
+    for _ in range(count):
+        pool = draw.choice([(2, 3), (3, 4), (2, 3, 4), (3, 4, 8), (2, 3, 4, 8), (4, 8)])
+        yield {n: method for unit in units for method in [replace(BASE, bits=draw.choice(pool))] for n in unit}
+
+
+def interval(arrays: Mapping) -> list[float]:
+    """KL, nats/token."""
+    return list(ratio_interval(arrays["answer_kl"], arrays["answer_tokens"]))
+
+
+def cheap(planner: Planner, methods: Sequence[Method]) -> dict[str, Any]:
+    """The cheap scores of every linear and setting, and what they cost: on 32 windows, in seconds."""
+    model, started = loaded("bundled", None, "float32", "cpu").model, time.perf_counter()
+    W_hats = {(f"{step.name}.{n}", m): alone(step, n, m).W_hat for step in walk(model, planner.sensitivity.tokens)
+              for group in step.layout.groups for n in group for m in methods}
+    seconds = {"codes": time.perf_counter() - started}
+    for gradients in (False, True):
+        started = time.perf_counter()
+        found = cheap_scores(model, W_hats, planner.sensitivity.tokens[:32], gradients)
+        seconds["with gradients" if gradients else "without"] = time.perf_counter() - started
+    return {"seconds": seconds, "scores": {s: nested(values) for s, values in found.items()}}
+
+
+def nested(values: Mapping[tuple[str, Method], Any]) -> dict[str, dict[str, Any]]:
+    """{layer: {setting: value}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for (layer, method), value in values.items():
+        found.setdefault(layer, {})[str(method)] = value
+    return found
+
+
+def naive(sens: Sensitivity, cells: Mapping[tuple[str, Method], Cell]) -> dict[str, Any]:
+    """The loop that everybody writes first, on a linear of each block and every setting: same numbers, and its seconds."""
+    model, judge = sens.base.load(), Judge(sens.items, sens.base.load())
+    judge.score(model)  # what the reference says is remembered from here on
+    names = [n for n, _ in linears(model)]
+    sample, seconds, apart = names[::len(names) // 4][:4], {"quantize": 0.0, "forward": 0.0}, 0.0
+    for name, method in tqdm([(n, m) for n in sample for m in MAP], desc="naive"):
+        started = time.perf_counter()
+        changed = quantized(model, Plan(Keep(), ((f"^{name}$", method),), inputs="model"), sens.tokens)
+        between = time.perf_counter()
+        scores = judge.score(changed)
+        seconds["quantize"] += between - started
+        seconds["forward"] += time.perf_counter() - between
+        ours = cells[name, method].arrays
+        apart = max(apart, abs(scores.answer.kl.sum() - ours["answer_kl"].sum()) / scores.answer.kl.sum())
+    each = len(names) / len(sample)
+    inside = [c.arrays for (n, m), c in cells.items() if where(n)[0] is not None and m in MAP]
+    return {"linears": sample, "settings": [str(m) for m in MAP], "largest_relative_difference_of_kl": float(apart),
+            "naive": {k: v * each for k, v in seconds.items()},
+            "ours": {k: float(sum(a[f"{k}_s"] for a in inside)) for k in seconds}}
+
+
+def the_map() -> Planner:
+    """Cells of the tuning questions, and what is derived from them."""
+    sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION))
+    options = settings(method=BASE)
+    started = time.perf_counter()
+    cells = sens.down(MAP)
+    took = time.perf_counter() - started
+    plan_cells = sens.down(options, [n for n in sens.shapes if where(n)[0] is not None])
+    full = sens.store.get("full", sens.key | {"full": True}, sens.panel.score)
+    planner = Planner(sens, single_kl(plan_cells), GPTQ)
+    ups = {bits: sens.up(Plan(replace(BASE, bits=bits)), ends(sens)) for bits in (2, 3)}
+    real = []
+    for methods in tqdm([*({n: m for n in planner.options} for m in options), *random_plans(planner)], desc="additivity"):
+        scores = planner.judge.scores(planner.simulated(Allocation(methods, 0, 0).plan(planner.units)))
+        real.append({"methods": {n: str(m) for n, m in methods.items()}, "kl": list(scores.answer.kl_interval())})
+    bundle({"16 bits": [full]} | {f"{n} | {m}": [c] for (n, m), c in cells.items()}, KEPT + OWN, SHARED).save(
+        RESULTS / "sensitivity.npz")
+    save(Record("sensitivity", {
+        "questions": len(sens.items), "calibration": CALIBRATION, "seconds": took, "naive": naive(sens, cells),
+        "options": nested({k: interval(c.arrays) for k, c in plan_cells.items()}),
+        "upwards": {str(b): {name: interval(c.arrays) for name, c in found.items()} for b, found in ups.items()},
+        "cheap": cheap(planner, [*options, *(m for m in MAP if m.name == "rtn")]), "additivity": real},
+        command="make maps", model_sha256=folder_hash(BUNDLED)))
+    return planner
+
+
+def the_plans(planner: Planner) -> None:
+    """Everything at its bytes, on the judging questions, over draws."""
+    sens = planner.sensitivity
+    fixed = {str(m): Plan(m) for m in settings(method=BASE)} | rules() | peers(planner)
+    chosen = {f"plan, {b:g} bits": planner.plan(b) for b in BUDGETS}
+    chosen |= {f"plan at the bytes of {name}": planner.plan(planner.bits(p)) for name, p in fixed.items()
+               if name not in map(str, settings(method=BASE))}
+    failing = {f"{kind} alone at 2 bits": Plan(Keep(), ((rf"{kind}$", Rtn(2)),)) for kind in dict.fromkeys(
+        where(n)[1] for n in planner.options)}
+    quality, draws = Quality(items("judge", JUDGE), sens.base, sens.store), {}
+    everything = fixed | chosen | failing
+    for name, plan in tqdm(everything.items(), desc="plans"):
+        calibrated = any(m.keeps for m in plan.methods())
+        draws[name] = [quality.cell(Simulation(name, plan, random.Random(d).sample(sens.tokens, len(sens.tokens)), sens.base))
+                       for d in range(DRAWS if calibrated else 1)]
+    draws["16 bits"] = [quality.cell(Original())]
+    bundle(draws, KEPT, SHARED).save(RESULTS / "plans.npz")
+    about = {name: {"bits": planner.bits(plan), "plan": plan.key()} for name, plan in (fixed | chosen).items()}
+    save(Record("plans", {"draws": DRAWS, "questions": len(quality.items), "plans": about}, command="make maps",
+                model_sha256=folder_hash(BUNDLED)))
+
+
+if __name__ == "__main__":
+    the_plans(the_map())

@@ -1,0 +1,157 @@
+"""The sensitivity map of a model, cell by cell: each layer quantized alone, or raised in a model that is quantized.
+
+A run that was stopped goes on at the cell it was at. Cells of other weights, texts, code or versions have other keys.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from helpers.files import key_hash
+from helpers.harness.compare import circumstances
+from helpers.harness.variants import Original, Simulation
+from helpers.measure.sensitivity import EMBEDDING, HEAD, Arrays, Panel, downwards, upwards
+from helpers.measure.stats import Interval, mcnemar, ratio_interval
+from helpers.measure.tasks import Item
+from helpers.models.layers import blocks_of, linears
+from helpers.models.method import Method, Plan
+from helpers.models.source import shell
+from helpers.quantizers.affine import GroupSizeError
+from helpers.store import Cell, Store
+
+SCORED = ("answer_nll", "answer_kl", "answer_agree", "exact")  # one value a question
+SHARED = ("id", "task", "answer_tokens")
+OWN = ("weight_error", "output_error", "quantize_s", "forward_s")  # one value a cell
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What layers of a model do to its answers to `items`; calibrated on `tokens`."""
+
+    items: Sequence[Item] = field(repr=False)
+    tokens: Sequence[Sequence[int]] = field(repr=False)
+    base: Original = field(default_factory=Original)
+    store: Store = field(default_factory=Store)
+    device: str = "cpu"
+    batch_tokens: int = 2048
+
+    @cached_property
+    def key(self) -> dict:
+        return {"measure": "sensitivity", "device": self.device, "batch_tokens": self.batch_tokens, "base": self.base.key(),
+                "items": key_hash([[i.id, list(i.ids), i.start] for i in self.items]),
+                "tokens": key_hash([list(t) for t in self.tokens]), **circumstances()}
+
+    @cached_property
+    def panel(self) -> Panel:
+        return Panel(self.base.load(self.device), self.items, batch_tokens=self.batch_tokens)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """{layer: (outputs, inputs)} of all that `downwards` visits, in its order of blocks."""
+        model = shell(self.base.folder)
+        ends = {name: m.weight.shape for name, m in ((EMBEDDING, model.get_input_embeddings()),
+                                                    (HEAD, model.get_output_embeddings()))}
+        inside = {n: tuple(m.weight.shape) for n, m in linears(model)}
+        return {EMBEDDING: tuple(ends[EMBEDDING]), **inside, HEAD: tuple(ends[HEAD])}
+
+    def down(self, methods: Sequence[Method], layers: Sequence[str] | None = None, progress: bool = True
+             ) -> dict[tuple[str, Method], Cell]:
+        """{(layer, method): cell} of each layer quantized alone, as far as the method's format can hold it.
+
+        Raises LayerUnknown, and what `quantize_model` raises.
+        """
+        if unknown := sorted(set(layers or ()) - set(self.shapes)):
+            raise LayerUnknown(f"layers: {unknown[0]!r} is no layer of {self.base.model}; there are {', '.join(self.shapes)}")
+        wanted = {(n, m): self._key(layer=n, method=m.key()) for n in (layers or self.shapes) for m in methods
+                  if self.fits(n, m)}
+        missing = {pair for pair, key in wanted.items() if not self.store.has(_name(*pair), key)}
+        left = {n: sum(name == n for name, _ in missing) for n in self.shapes}
+        with tqdm(total=sum(self._blocks(n) for n, _ in missing), disable=not (progress and missing), desc="downwards",
+                  unit="block") as bar:
+            for n, method, arrays in downwards(self.panel, methods, self.tokens, lambda *pair: pair in missing
+                                               ) if missing else ():
+                bar.set_postfix_str(f"{n}, {method}")
+                self.store.get(_name(n, method), wanted[n, method], lambda arrays=arrays: arrays)
+                bar.update(self._blocks(n))
+                left[n] -= 1
+                if not any(left.values()):
+                    break
+        return {pair: self.store.get(_name(*pair), key, _gone) for pair, key in wanted.items()}
+
+    def up(self, low: Plan, raised: Mapping[str, Sequence[str]], progress: bool = True) -> dict[str, Cell]:
+        """{name: cell} of each set of linears put back to 16 bits in the model quantized by `low`; "" is that of `low` as it
+        is."""
+        wanted = {name: self._key(low=low.key(), raised=sorted(layers)) for name, layers in {"": (), **raised}.items()}
+        missing = [name for name, key in wanted.items() if not self.store.has(f"up {name}", key)]
+        if missing:
+            model = self.base.load(self.device)
+            panel = Panel(Simulation("low", low, self.tokens, self.base).load(self.device), self.items, self.panel,
+                          self.batch_tokens)
+            if "" in missing:
+                self.store.get("up ", wanted[""], panel.score)
+            changes = {name: {f"{n}.weight": model.get_submodule(n).weight.detach() for n in raised[name]}
+                       for name in missing if name}
+            for name, arrays in tqdm(upwards(panel, changes), total=len(changes), disable=not progress, desc="upwards"):
+                self.store.get(f"up {name}", wanted[name], lambda arrays=arrays: arrays)
+        return {name: self.store.get(f"up {name}", key, _gone) for name, key in wanted.items()}
+
+    def _key(self, **also) -> dict:
+        return self.key | also
+
+    def fits(self, layer: str, method: Method) -> bool:
+        if layer == EMBEDDING and method.keeps:
+            return False
+        try:
+            form = next(iter(method.formats()), None)
+            return bool(form is None or form.specs(*self.shapes[layer], method))
+        except GroupSizeError:
+            return False
+
+    def _blocks(self, layer: str) -> int:
+        """How many blocks its branch runs through, and the head."""
+        return 1 + self.count - {EMBEDDING: 0, HEAD: self.count}.get(layer, where(layer)[0] or 0)
+
+    @cached_property
+    def count(self) -> int:
+        return len(blocks_of(shell(self.base.folder))[1])
+
+
+class LayerUnknown(ValueError):
+    """A layer that the model does not have."""
+
+
+def _name(layer: str, method: Method) -> str:
+    return f"{layer} {method}"
+
+
+def _gone() -> Arrays:
+    raise RuntimeError("a cell went away while it was being read")
+
+
+def where(layer: str) -> tuple[int | None, str]:
+    """(block, kind) of a layer: model.layers.3.mlp.down_proj is (3, "down_proj"), the output head (None, "output head")."""
+    block = next((int(part) for part in layer.split(".") if part.isdigit()), None)
+    return block, layer.rpartition(".")[2]
+
+
+def effect(arrays: Mapping[str, np.ndarray], full: Mapping[str, np.ndarray], interval: bool = True) -> dict:
+    """KL and change of loss (nats/token) with intervals over the questions, and what became of right answers."""
+    tokens, flips = arrays["answer_tokens"], mcnemar(full["exact"], arrays["exact"])
+    kl, nll = arrays["answer_kl"], arrays["answer_nll"] - full["answer_nll"]
+    of = ratio_interval if interval else lambda sums, counts: Interval(sums.sum() / counts.sum(), np.nan, np.nan)
+    return {"kl": of(kl, tokens), "delta_nll": of(nll, tokens), "exact": float(arrays["exact"].mean()),
+            "lost": flips.lost, "won": flips.won}
+
+
+def table(cells: Mapping[tuple[str, Method], Cell], full: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A row a cell: layer, block, kind, method, its `effect`, its own errors and the seconds it took."""
+    rows = []
+    for (layer, method), cell in cells.items():
+        block, kind = where(layer)
+        rows.append({"layer": layer, "block": block, "kind": kind, "method": method.name, "bits": getattr(method, "bits", 4),
+                     "setting": method} | effect(cell.arrays, full) | {k: float(cell.arrays[k]) for k in OWN})
+    return pd.DataFrame(rows)
