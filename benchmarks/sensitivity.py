@@ -1,15 +1,18 @@
-"""The layers of the bundled model, and what plans made of their map are worth: `make maps`, some 45 minutes on two cores.
+"""The layers of the bundled model, and what plans made of their map are worth: `make maps`, over an hour on one core.
 
-Resumes at the cell it was at. In data/results: the map, with the values of every question (sensitivity.npz, of the tuning
-questions); what is derived from it (sensitivity.json); and plans, uniform settings, rules of thumb and the peers' allocations
-at equal bytes, quantized for real by one solver on several draws of the calibration text, judged on other questions
-(plans.npz, plans.json).
+Goes on at the cell it was at. In data/results: the map, with the values of every question (sensitivity.npz, of the tuning
+questions), and what is derived from it (sensitivity.json); plans, uniform settings, rules of thumb and the peers' allocations,
+quantized for real by one solver on several draws of the calibration text, judged on other questions (plans.npz, plans.json);
+the seconds of the map against those of the loop that everybody writes first (map_speed.json; on two idle cores).
 """
 
 import random
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +21,7 @@ from benchmarks.sweeps import tokens
 from helpers.files import folder_hash
 from helpers.harness.allocate import Allocation
 from helpers.harness.compare import Quality
-from helpers.harness.planner import Planner, settings, single_kl
+from helpers.harness.planner import Choice, Planner, settings, single_kl
 from helpers.harness.sensitivity import OWN, SHARED, Sensitivity, where
 from helpers.harness.variants import Original, Simulation, loaded
 from helpers.measure.quality import Judge
@@ -32,18 +35,17 @@ from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.rtn import Rtn
 from helpers.models.formats import GPTQ
-from helpers.models.layers import linears
 from helpers.models.method import Method, Plan
 from helpers.models.quantize import quantized
 from helpers.models.source import BUNDLED
 from helpers.models.walk import walk
 from helpers.results import RESULTS, Record, read, save
-from helpers.store import Cell, bundle
+from helpers.store import Store, bundle
 from helpers.toolkits.artefacts import CALIBRATION
 
-TUNE, JUDGE, DRAWS = 30, 60, 3  # questions a task; quantizations of each plan
+TUNE, JUDGE, DRAWS = 30, 60, 2  # questions a task; quantizations of each plan
 MAP = (Rtn(4), Rtn(3), Rtn(2), Gptq(4), Gptq(3), Gptq(2), Awq(4), Awq(3), Awq(2), Nf4())
-BUDGETS = (2.75, 3.0, 3.28, 3.5, 3.75, 4.0, 4.28, 4.5, 5.0, 6.0)  # bits a weight, as files count them
+BUDGETS = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0)  # bits a weight, as files count them
 BASE = Gptq(search=True)
 KEPT = ("answer_nll", "answer_kl", "exact")
 
@@ -118,35 +120,42 @@ def nested(values: Mapping[tuple[str, Method], Any]) -> dict[str, dict[str, Any]
     return found
 
 
-def naive(sens: Sensitivity, cells: Mapping[tuple[str, Method], Cell]) -> dict[str, Any]:
-    """The loop that everybody writes first, on a linear of each block and every setting: same numbers, and its seconds."""
-    model, judge = sens.base.load(), Judge(sens.items, sens.base.load())
-    judge.score(model)  # what the reference says is remembered from here on
-    names = [n for n, _ in linears(model)]
-    sample, seconds, apart = names[::len(names) // 4][:4], {"quantize": 0.0, "forward": 0.0}, 0.0
-    for name, method in tqdm([(n, m) for n in sample for m in MAP], desc="naive"):
+def speed() -> None:
+    """The map by four methods, and on a linear of each block the loop that everybody writes first: the same numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION), store=Store(Path(folder)))
+        model, judge = sens.base.load(), Judge(sens.items, sens.base.load())
+        judge.score(model)  # what the reference says is remembered from here on
+        names, methods = list(sens.shapes)[1:-1], (Rtn(3), Gptq(3), Awq(3), Nf4())
+        started = time.perf_counter()
+        cells = sens.down(methods, names)
+        ours = {"whole": time.perf_counter() - started} | {k: float(sum(c.arrays[f"{k}_s"] for c in cells.values()))
+                                                           for k in ("quantize", "forward")}
+    sample, naive, apart = names[::len(names) // 4][:4], {"whole": 0.0, "quantize": 0.0, "forward": 0.0}, 0.0
+    for name, method in tqdm([(n, m) for n in sample for m in methods], desc="naive"):
         started = time.perf_counter()
         changed = quantized(model, Plan(Keep(), ((f"^{name}$", method),), inputs="model"), sens.tokens)
         between = time.perf_counter()
-        scores = judge.score(changed)
-        seconds["quantize"] += between - started
-        seconds["forward"] += time.perf_counter() - between
-        ours = cells[name, method].arrays
-        apart = max(apart, abs(scores.answer.kl.sum() - ours["answer_kl"].sum()) / scores.answer.kl.sum())
-    each = len(names) / len(sample)
-    inside = [c.arrays for (n, m), c in cells.items() if where(n)[0] is not None and m in MAP]
-    return {"linears": sample, "settings": [str(m) for m in MAP], "largest_relative_difference_of_kl": float(apart),
-            "naive": {k: v * each for k, v in seconds.items()},
-            "ours": {k: float(sum(a[f"{k}_s"] for a in inside)) for k in seconds}}
+        kl = judge.score(changed).answer.kl.sum()
+        took = {"quantize": between - started, "forward": time.perf_counter() - between}
+        for part, seconds in (took | {"whole": sum(took.values())}).items():
+            naive[part] += seconds * len(names) / len(sample)
+        apart = max(apart, float(abs(kl - cells[name, method].arrays["answer_kl"].sum()) / kl))
+    save(Record("map_speed", {
+        "linears": len(names), "settings": [str(m) for m in methods], "blocks": sens.count, "questions": len(sens.items),
+        "naive_on": sample, "largest_relative_difference_of_kl": apart, "naive_s": naive, "ours_s": ours},
+        command="make maps", model_sha256=folder_hash(BUNDLED)))
+
+
+def told(choice: Choice) -> tuple[list[float], str, str]:
+    return list(choice.difference), "plan" if choice.chosen == choice.plan else str(choice.uniform), str(choice)
 
 
 def the_map() -> Planner:
     """Cells of the tuning questions, and what is derived from them."""
     sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION))
     options = settings(method=BASE)
-    started = time.perf_counter()
     cells = sens.down(MAP)
-    took = time.perf_counter() - started
     plan_cells = sens.down(options, [n for n in sens.shapes if where(n)[0] is not None])
     full = sens.store.get("full", sens.key | {"full": True}, sens.panel.score)
     planner = Planner(sens, single_kl(plan_cells), GPTQ)
@@ -158,7 +167,8 @@ def the_map() -> Planner:
     bundle({"16 bits": [full]} | {f"{n} | {m}": [c] for (n, m), c in cells.items()}, KEPT + OWN, SHARED).save(
         RESULTS / "sensitivity.npz")
     save(Record("sensitivity", {
-        "questions": len(sens.items), "calibration": CALIBRATION, "seconds": took, "naive": naive(sens, cells),
+        "questions": len(sens.items), "calibration": CALIBRATION, "power": planner.power,
+        "choices": {f"{b:g}": dict(zip(("difference", "taken", "why"), told(planner.choose(b)), strict=True)) for b in BUDGETS},
         "options": nested({k: interval(c.arrays) for k, c in plan_cells.items()}),
         "upwards": {str(b): {name: interval(c.arrays) for name, c in found.items()} for b, found in ups.items()},
         "cheap": cheap(planner, [*options, *(m for m in MAP if m.name == "rtn")]), "additivity": real},
@@ -171,8 +181,9 @@ def the_plans(planner: Planner) -> None:
     sens = planner.sensitivity
     fixed = {str(m): Plan(m) for m in settings(method=BASE)} | rules() | peers(planner)
     chosen = {f"plan, {b:g} bits": planner.plan(b) for b in BUDGETS}
-    chosen |= {f"plan at the bytes of {name}": planner.plan(planner.bits(p)) for name, p in fixed.items()
-               if name not in map(str, settings(method=BASE))}
+    # what the peers could choose from: groups of 128 alone
+    same = replace(planner, kl={k: v for k, v in planner.kl.items() if k[1].group_size == 128})
+    chosen |= {f"plan at the bytes of {name}": same.plan(same.bits(p)) for name, p in (rules() | peers(planner)).items()}
     failing = {f"{kind} alone at 2 bits": Plan(Keep(), ((rf"{kind}$", Rtn(2)),)) for kind in dict.fromkeys(
         where(n)[1] for n in planner.options)}
     quality, draws = Quality(items("judge", JUDGE), sens.base, sens.store), {}
@@ -189,4 +200,8 @@ def the_plans(planner: Planner) -> None:
 
 
 if __name__ == "__main__":
-    the_plans(the_map())
+    parts = sys.argv[1:] or ["map", "speed"]
+    if "map" in parts:
+        the_plans(the_map())
+    if "speed" in parts:
+        speed()

@@ -16,7 +16,7 @@ from helpers.models.method import Format, Method, Plan
 from helpers.store import Cell
 
 # how single effects add up: total KL = (sum of KL^POWER)^(1 / POWER); chapter 7 measures what fits
-POWER = 0.7
+POWER = 0.8
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128)
 
 
