@@ -20,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served peers
+.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -104,6 +104,9 @@ sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
+# Every layer alone, plans made of that, and what they are worth (over an hour on one core; goes on where it was stopped)
+maps: $(ENV)
+	$(BIN)/python -m benchmarks.sensitivity
 # Models behind the serving engine: their answers, and how fast they come under load; on a quiet machine, goes on where it was stopped
 served: $(ENV) $(SERVING) $(LOAD)
 	$(BIN)/python -m benchmarks.served
@@ -117,6 +120,11 @@ compare: $(ENV)
 	$(BIN)/python -m helpers.compare $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
 	  $(if $(GATES),--gates '$(GATES)') $(if $(METHODS),--methods $(METHODS)) $(if $(SERVE),--serve $(SERVE)) \
 	  $(if $(EXECUTOR),--executor '$(EXECUTOR)') $(if $(OUT),--out '$(OUT)')
+
+# Which layers of a model must not be 4-bit, and a mixed plan of BUDGET bits a weight; all optional: MODEL PROMPTS BUDGET OUT
+sensitivity: $(ENV)
+	$(BIN)/python -m helpers.sensitivity $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out '$(OUT)')
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from benchmarks.sweeps import tokens
@@ -43,7 +44,7 @@ from helpers.results import RESULTS, Record, read, save
 from helpers.store import Store, bundle
 from helpers.toolkits.artefacts import CALIBRATION
 
-TUNE, JUDGE, DRAWS = 30, 60, 2  # questions a task; quantizations of each plan
+TUNE, JUDGE, DRAWS = 30, 40, 2  # questions a task; quantizations of each plan
 MAP = (Rtn(4), Rtn(3), Rtn(2), Gptq(4), Gptq(3), Gptq(2), Awq(4), Awq(3), Awq(2), Nf4())
 BUDGETS = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0)  # bits a weight, as files count them
 BASE = Gptq(search=True)
@@ -52,6 +53,11 @@ KEPT = ("answer_nll", "answer_kl", "exact")
 
 def items(split: str, limit: int) -> list[Item]:
     return [encode(loaded("bundled", None, "float32", "cpu").tokenizer, e) for e in examples(split, limit=limit)]
+
+
+def given() -> list[Method]:
+    """What a linear may get, and what uniform plans are made of; at 8 bits the group decides nothing."""
+    return [m for m in settings(method=BASE) if m.bits < 8 or m.group_size == 128]
 
 
 def rules() -> dict[str, Plan]:
@@ -154,10 +160,10 @@ def told(choice: Choice) -> tuple[list[float], str, str]:
 def the_map() -> Planner:
     """Cells of the tuning questions, and what is derived from them."""
     sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION))
-    options = settings(method=BASE)
+    options = given()
     cells = sens.down(MAP)
     plan_cells = sens.down(options, [n for n in sens.shapes if where(n)[0] is not None])
-    full = sens.store.get("full", sens.key | {"full": True}, sens.panel.score)
+    full = sens.store.get("full", sens.key | {"full": True}, lambda: sens.panel.score() | dict.fromkeys(OWN, np.array(0.0)))
     planner = Planner(sens, single_kl(plan_cells), GPTQ)
     ups = {bits: sens.up(Plan(replace(BASE, bits=bits)), ends(sens)) for bits in (2, 3)}
     real = []
@@ -179,7 +185,7 @@ def the_map() -> Planner:
 def the_plans(planner: Planner) -> None:
     """Everything at its bytes, on the judging questions, over draws."""
     sens = planner.sensitivity
-    fixed = {str(m): Plan(m) for m in settings(method=BASE)} | rules() | peers(planner)
+    fixed = {str(m): Plan(m) for m in given()} | rules() | peers(planner)
     chosen = {f"plan, {b:g} bits": planner.plan(b) for b in BUDGETS}
     # what the peers could choose from: groups of 128 alone
     same = replace(planner, kl={k: v for k, v in planner.kl.items() if k[1].group_size == 128})

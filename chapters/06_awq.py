@@ -420,4 +420,4 @@ except ToolkitMissing as missing:
 # are in $H$); to form the candidates, no.
 # </details>
 #
-# **Next**: chapters on sensitivity, kernels and speed. *References*: [Lin et al. 2023](https://arxiv.org/abs/2306.00978).
+# **Next**: [chapter 7](07_sensitivity.ipynb), which layers need more bits than others. *References*: [Lin et al. 2023](https://arxiv.org/abs/2306.00978).

@@ -57,7 +57,7 @@ def run(options: Namespace) -> None:
     planner = Planner(sensitivity, single_kl(cells), form, alike=not options.unlike)
     choice = planner.choose(options.budget)
     options.out.mkdir(parents=True, exist_ok=True)
-    frame = table(cells, sensitivity.panel.score())
+    frame = table({k: c.arrays for k, c in cells.items()}, sensitivity.panel.score())
     frame.to_csv(options.out / "map.csv", index=False)
     figure, ax = plt.subplots(figsize=(7, 1 + 0.35 * sensitivity.count))
     maps.heat_map(ax, frame[frame.setting == min(methods, key=lambda m: (abs(m.bits - 3), -m.group_size))])

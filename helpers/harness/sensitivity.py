@@ -6,6 +6,7 @@ A run that was stopped goes on at the cell it was at. Cells of other weights, te
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,10 +22,12 @@ from helpers.models.layers import blocks_of, linears
 from helpers.models.method import Method, Plan
 from helpers.models.source import shell
 from helpers.quantizers.affine import GroupSizeError
-from helpers.store import Cell, Store
+from helpers.results import RESULTS
+from helpers.store import Cell, Store, unbundle
 
 SCORED = ("answer_nll", "answer_kl", "answer_agree", "exact")  # one value a question
 SHARED = ("id", "task", "answer_tokens")
+FULL = "16 bits"
 OWN = ("weight_error", "output_error", "quantize_s", "forward_s")  # one value a cell
 
 
@@ -147,11 +150,19 @@ def effect(arrays: Mapping[str, np.ndarray], full: Mapping[str, np.ndarray], int
             "lost": flips.lost, "won": flips.won}
 
 
-def table(cells: Mapping[tuple[str, Method], Cell], full: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def table(cells: Mapping[tuple[str, Method], Mapping[str, np.ndarray]], full: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """A row a cell: layer, block, kind, method, its `effect`, its own errors and the seconds it took."""
     rows = []
-    for (layer, method), cell in cells.items():
+    for (layer, method), arrays in cells.items():
         block, kind = where(layer)
         rows.append({"layer": layer, "block": block, "kind": kind, "method": method.name, "bits": getattr(method, "bits", 4),
-                     "setting": method} | effect(cell.arrays, full) | {k: float(cell.arrays[k]) for k in OWN})
+                     "setting": method} | effect(arrays, full) | {k: float(arrays[k]) for k in OWN})
     return pd.DataFrame(rows)
+
+
+def stored(folder: Path = RESULTS) -> tuple[dict[str, np.ndarray], dict[tuple[str, Method], dict[str, np.ndarray]]]:
+    """(arrays of the unquantized model, {(layer, method): arrays}) of the bundled model's map, data/results/sensitivity.npz."""
+    cell = Cell.read(folder / "sensitivity.npz")
+    found = {name: {k: v if k in SHARED else v[0] for k, v in arrays.items()} for name, arrays in unbundle(cell).items()}
+    keys = {name: cell.key["keys"][rows[0]] for name, rows in cell.key["rows"].items()}
+    return found.pop(FULL), {(keys[n]["layer"], Method.of(keys[n]["method"])): arrays for n, arrays in found.items()}

@@ -22,7 +22,7 @@ BY_WEIGHTS = {  # no gradient is needed
 BY_GRADIENTS = {
     # AutoRound's AutoScheme ("DeltaLoss"): the first-order change of the loss, each weight's by its magnitude
     "gradient x error": lambda dW, X, G: ((G.T @ X) * dW).abs().sum(),
-    # the empirical Fisher diagonal, token by token (SqueezeLLM, Kim et al. 2023, arXiv 2306.07629, eq. 3)
+    # the empirical Fisher diagonal, token by token (SqueezeLLM, Kim et al. 2023, arXiv 2306.07629)
     "Fisher x error": lambda dW, X, G: ((G.square().T @ X.square()) * dW.square()).sum(),
     # ModelOpt's auto_quantize, method="gradient": squared gradient times squared change of the output
     "gradient x output error": lambda dW, X, G: (G.square() * (X @ dW.T).square()).sum(),
