@@ -127,6 +127,8 @@ def test_the_walk_is_the_models_own_forward_pass(model):
     for batch, rows in zip(end.batches, end.logits(Source(model)), strict=True):
         for ids, row in zip(batch.ids, rows, strict=True):
             assert torch.allclose(row, expected[tuple(ids.tolist())], rtol=1e-3, atol=1e-4)
+        some = batch.logits(Source(model), batch.hidden.flatten(0, 1)[None, 3:40:5])  # of any positions
+        assert torch.allclose(some[0], rows.flatten(0, 1)[3:40:5], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [Awq(8, 32, clip=False), AwqGptq(8, 32, sym=False)], ids=str)

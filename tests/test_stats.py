@@ -12,6 +12,7 @@ from helpers.measure.stats import (
     mcnemar_power,
     paired,
     quantile_interval,
+    rank_correlation,
     ratio_interval,
     recovery_interval,
     share_difference,
@@ -236,3 +237,36 @@ def test_detectable_share():
     assert shares == sorted(shares) and len(set(shares)) == 5
     assert mcnemar_power(0.1, shares[2], 400) >= 0.8 > mcnemar_power(0.1, shares[2] - 1 / 400, 400)
     assert detectable_share(0, 5) == 1 and detectable_share(0.1, 1600) < shares[2] / 1.8
+
+
+def test_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    for y in (x + rng.normal(size=60), np.exp(x), -(x**3), np.round(x), rng.normal(size=60)):  # with ties, too
+        found = rank_correlation(x, y)
+        assert found.estimate == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+        assert -1 <= found.low <= found.estimate + 1e-12 and found.estimate - 1e-12 <= found.high <= 1
+    assert rank_correlation(x, np.exp(x)) == pytest.approx((1, 1, 1)) and rank_correlation(x, -x) == pytest.approx((-1, -1, -1))
+    assert rank_correlation(x, y) == rank_correlation(x, y) != rank_correlation(x, y, seed=1)
+    assert not found.excludes_zero() and found.low < -0.1 < 0.1 < found.high  # of two that know nothing of each other
+
+
+def test_rank_correlation_covers_as_often_as_it_says():
+    rng, rho = np.random.default_rng(0), 0.6
+    true = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's of a normal pair
+    hits = 0
+    for i in range(60):
+        x = rng.normal(size=60)
+        found = rank_correlation(x, rho * x + np.sqrt(1 - rho**2) * rng.normal(size=60), resamples=300, seed=i)
+        hits += found.low <= true <= found.high
+    assert 52 <= hits <= 60 and found.high - found.low < 0.6
+
+
+def test_rank_correlation_of_too_little():
+    for x, y in (([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [1, 2, 3, 4, 5])):
+        with pytest.raises(ValueError, match="at least 4 pairs"):
+            rank_correlation(x, y)
+    with pytest.raises(ValueError, match="of more than one value"):
+        rank_correlation([1, 2, 3, 4], [7, 7, 7, 7])
+    few = rank_correlation([1, 2, 3, 4], [1, 2, 3, 5])  # of some resamples all four are one pair
+    assert few == pytest.approx((1, 1, 1))

@@ -1,6 +1,8 @@
 """The one loop: a held pass gives what separate ones give, a branch what a changed model gives, disk what memory gives."""
 
 import copy
+import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from torch import nn
 from benchmarks.speed import again
 from helpers.methods.awq import Awq
 from helpers.methods.gptq import Gptq
+from helpers.methods.int8 import RowInt8
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoAwq, AutoGptq
 from helpers.methods.rtn import Rtn
 from helpers.models.branches import branches
 from helpers.models.layers import UnknownStructure, linears
-from helpers.models.method import Gram, Plan, PlanError
+from helpers.models.method import Gram, Method, Plan, PlanError
 from helpers.models.quantize import quantize_many, quantize_model
 from helpers.models.source import BUNDLED, Source
 from helpers.models.texts import calibration, windows
@@ -134,6 +137,48 @@ def test_plans_that_are_none():
     with pytest.raises(PlanError, match="inputs='model'"):
         Plan(AutoAwq())
     assert Plan.of(AutoAwq()).inputs == "model"
+
+
+def test_a_key_says_all_of_a_method_or_plan():
+    """Through JSON and back, for every method with all its settings, and for plans that mix them."""
+    for kind in dict.fromkeys(Method.known.values()):
+        names = {f.name for f in fields(kind)}
+        others = {"bits": 3, "group_size": 64, "sym": False, "search": True, "block_size": 32, "clip": False}
+        for method in (kind(), *(kind(**{n: v}) for n, v in others.items() if n in names)):
+            again = Method.of(json.loads(json.dumps(method.key())))
+            assert again == method and type(again) is kind and again.key() == method.key()
+    for plan in (Plan(Gptq(3, damp_percent=0.05)),
+                 Plan(Nf4(), {"q_proj|k_proj": Keep(), r"layers\.3\.": Rtn(8, 64, sym=False)}, "block"),
+                 Plan(Awq(3, -1), (("a", Awq(8)), ("a", Keep()), ("b", RowInt8())), "model"), Plan(AutoAwq(), (), "model")):
+        again = Plan.parse(json.loads(json.dumps(plan.key())))
+        assert again == plan and again.key() == plan.key() and str(again) == str(plan)
+
+
+@pytest.mark.parametrize("key, said", [
+    (None, "method: None is none of .*awq.*rtn"), ("gptq", "method: None"), ({}, "method: None"),
+    ({"method": "gtpq"}, "'gtpq' is none of"),
+    ({"method": ["rtn"]}, r"\['rtn'\] is none of"), ({"method": "rtn", "bist": 3}, "rtn: .*bist"),
+    ({"method": "rtn", "bits": 99}, "bits: expected 2 to 8"), ({"method": "rtn", "group_size": "all"}, "rtn: "),
+    ({"method": "nf4", "block_size": 5}, "multiple of 8")])
+def test_keys_of_no_method(key, said):
+    with pytest.raises(PlanError, match=said):
+        Method.of(key)
+    with pytest.raises(PlanError, match="plan: expected default, rules and inputs: "):
+        Plan.parse({"default": key, "rules": [], "inputs": "model"})
+
+
+RTN = Rtn().key()
+
+
+@pytest.mark.parametrize("key", [
+    None, [], "rtn", {}, RTN, {"default": RTN, "rules": []}, {"default": RTN, "inputs": "model"},
+    {"default": RTN, "rules": None, "inputs": "model"}, {"default": RTN, "rules": [["a"]], "inputs": "model"},
+    {"default": RTN, "rules": [["(", RTN]], "inputs": "model"}, {"default": RTN, "rules": [[3, RTN]], "inputs": "model"},
+    {"default": RTN, "rules": {"ab": RTN}, "inputs": "model"}, {"default": RTN, "rules": [], "inputs": "none"},
+    {"default": AutoAwq().key(), "rules": [], "inputs": "group"}], ids=str)
+def test_keys_of_no_plan(key):
+    with pytest.raises(PlanError, match="plan: expected default, rules and inputs: "):
+        Plan.parse(key)
 
 
 def test_readers_in_16_bits_take_the_scale_along(bundled, tokens):

@@ -19,7 +19,7 @@ from helpers.measure.sensitivity import EMBEDDING, HEAD, Arrays, Panel, downward
 from helpers.measure.stats import Interval, mcnemar, ratio_interval
 from helpers.measure.tasks import Item
 from helpers.models.layers import blocks_of, linears
-from helpers.models.method import Method, Plan
+from helpers.models.method import Method, Plan, PlanError
 from helpers.models.source import shell
 from helpers.quantizers.affine import GroupSizeError
 from helpers.results import RESULTS
@@ -63,16 +63,14 @@ class Sensitivity:
 
     def down(self, methods: Sequence[Method], layers: Sequence[str] | None = None, progress: bool = True
              ) -> dict[tuple[str, Method], Cell]:
-        """{(layer, method): cell} of each layer quantized alone, as far as the method's format can hold it.
+        """{(layer, method): cell} of each layer quantized alone (none named: of all), as far as the method can.
 
-        Raises LayerUnknown, and what `quantize_model` raises.
+        Raises LayerUnknown, BadCell, and what `quantize_model` raises.
         """
-        if unknown := sorted(set(layers or ()) - set(self.shapes)):
-            raise LayerUnknown(f"layers: {unknown[0]!r} is no layer of {self.base.model}; there are {', '.join(self.shapes)}")
-        wanted = {(n, m): self._key(layer=n, method=m.key()) for n in (layers or self.shapes) for m in methods
-                  if self.fits(n, m)}
+        layers = list(self.shapes) if layers is None else layers
+        self._check(layers, self.shapes)
+        wanted = {(n, m): self.key | {"layer": n, "method": m.key()} for n in layers for m in methods if self.fits(n, m)}
         missing = {pair for pair, key in wanted.items() if not self.store.has(_name(*pair), key)}
-        left = {n: sum(name == n for name, _ in missing) for n in self.shapes}
         with tqdm(total=sum(self._blocks(n) for n, _ in missing), disable=not (progress and missing), desc="downwards",
                   unit="block") as bar:
             for n, method, arrays in downwards(self.panel, methods, self.tokens, lambda *pair: pair in missing
@@ -80,15 +78,22 @@ class Sensitivity:
                 bar.set_postfix_str(f"{n}, {method}")
                 self.store.get(_name(n, method), wanted[n, method], lambda arrays=arrays: arrays)
                 bar.update(self._blocks(n))
-                left[n] -= 1
-                if not any(left.values()):
+                missing.discard((n, method))
+                if not missing:
                     break
-        return {pair: self.store.get(_name(*pair), key, _gone) for pair, key in wanted.items()}
+        # what a method without a file format left in 16 bits after all has none
+        return {pair: self.store.get(_name(*pair), key, _gone) for pair, key in wanted.items() if pair not in missing}
 
     def up(self, low: Plan, raised: Mapping[str, Sequence[str]], progress: bool = True) -> dict[str, Cell]:
         """{name: cell} of each set of linears put back to 16 bits in the model quantized by `low`; "" is that of `low` as it
-        is."""
-        wanted = {name: self._key(low=low.key(), raised=sorted(layers)) for name, layers in {"": (), **raised}.items()}
+        is. Raises LayerUnknown, PlanError for a `low` that changes a block beyond its linears, and what `quantize_model` does.
+        """
+        inside = [n for n in self.shapes if n not in (EMBEDDING, HEAD)]
+        for layers in raised.values():
+            self._check(layers, inside)
+        if any(m.prepares for m in low.methods()):
+            raise PlanError(f"{low}: it folds scales into what comes before its linears, so 16 bits cannot be put back alone")
+        wanted = {name: self.key | {"low": low.key(), "raised": sorted(layers)} for name, layers in {"": (), **raised}.items()}
         missing = [name for name, key in wanted.items() if not self.store.has(f"up {name}", key)]
         if missing:
             model = self.base.load(self.device)
@@ -102,11 +107,12 @@ class Sensitivity:
                 self.store.get(f"up {name}", wanted[name], lambda arrays=arrays: arrays)
         return {name: self.store.get(f"up {name}", key, _gone) for name, key in wanted.items()}
 
-    def _key(self, **also) -> dict:
-        return self.key | also
+    def _check(self, layers: Sequence[str], among: Sequence[str]) -> None:
+        if unknown := sorted(set(layers) - set(among)):
+            raise LayerUnknown(f"layers: {unknown[0]!r} is no layer of {self.base.model}; there are {', '.join(among)}")
 
     def fits(self, layer: str, method: Method) -> bool:
-        if layer == EMBEDDING and method.keeps:
+        if method.stays or (layer == EMBEDDING and method.keeps):
             return False
         try:
             form = next(iter(method.formats()), None)

@@ -37,9 +37,9 @@ def passes(model: nn.Module, names: Sequence[str], sequences: Sequence[Sequence[
         seen: dict[str, list[Tensor]] = {}
 
         def see(n: str, args, out, seen=seen) -> None:
-            seen[n] = [args[0].detach().flatten(0, -2)]
+            seen[n] = [args[0].detach().flatten(0, -2).float()]
             if gradients:
-                out.register_hook(lambda g: seen[n].append(g.flatten(0, -2)))
+                out.register_hook(lambda g: seen[n].append(g.flatten(0, -2).float()))
 
         ids = torch.tensor([list(sequence)], device=model.device)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(gradients)  # the weights need no gradient

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from helpers.measure.quality import PIECE, REMEMBERED, batched, compared, padded, vocabulary
+from helpers.measure.quality import PIECE, REMEMBERED, Judge, compared, padded, vocabulary
 from helpers.measure.tasks import Item
 from helpers.methods.keep import Keep
 from helpers.models.branches import branch, branches, changed
@@ -34,36 +34,39 @@ Arrays = dict[str, np.ndarray]
 class Panel:
     """Questions at the entrance of a model in memory, judged by their answers wherever a branch leaves it.
 
-    KL is that from `reference`, another panel of the same items; without one, from this model as it is.
+    KL is that from `reference`, another panel of the same items; without one, from this model as it is. Raises as `Judge`.
     """
 
     def __init__(self, model: nn.Module | Source, items: Sequence[Item], reference: "Panel | None" = None,
                  batch_tokens: int = 2048):
-        self.source, self.items, self.own = Source.of(model), items, reference is None
-        self.batches = list(batched(items, batch_tokens))
+        self.source, self.items, self.batches = Source.of(model), items, Judge(items, batch_tokens=batch_tokens).batches
         ids, _, self.answers = zip(*(padded([items[i] for i in batch]) for batch in self.batches), strict=True)
         self.targets = [t[:, 1:][mask] for t, mask in zip(ids, self.answers, strict=True)]
         self.entrance = Stream.enter(self.source, ids)
         self.end = self.entrance.through(*self.source.blocks)
         self.reference = reference or self
         size = sum(map(len, self.targets)) * vocabulary(self.source.model)
-        self.remembered = list(self._log_probabilities(self.end)) if self.own and size <= REMEMBERED else None
+        self.remembered = list(self._log_probabilities(self.end)) if size <= REMEMBERED and not reference else None
 
     def log_probabilities(self) -> Iterator[Tensor]:
         """Those of the model as it is."""
         return iter(self.remembered) if self.remembered is not None else self._log_probabilities(self.end)
 
     @torch.no_grad()
-    def _log_probabilities(self, stream: Stream) -> Iterator[Tensor]:
-        """[answer tokens, vocabulary], some at a time, after the last block."""
+    def _log_probabilities(self, stream: Stream, change: Mapping[str, Tensor] | None = None) -> Iterator[Tensor]:
+        """[answer tokens, vocabulary], some at a time, after the last block; what follows it with this {parameter: value}."""
         for batch, mask in zip(stream.batches, self.answers, strict=True):
-            for part in batch.hidden[:, :-1][mask.to(batch.hidden.device)].split(PIECE // vocabulary(self.source.model)):
-                yield batch.logits(self.source, part[None])[0].float().log_softmax(-1)
+            for part in _pieces(batch.hidden[:, :-1][mask.to(batch.hidden.device)], self.source):
+                with changed(self.source.model, change or {}):
+                    logits = batch.logits(self.source, part[None])[0]
+                yield logits.float().log_softmax(-1)
 
-    def score(self, stream: Stream | None = None) -> Arrays:
-        """The answers after the last block of a branch (none: of the model as it is): sums a question, as in a cell."""
+    def score(self, stream: Stream | None = None, head: Mapping[str, Tensor] | None = None) -> Arrays:
+        """The answers after the last block of a branch (none: of the model as it is), and with this {parameter: value} of the
+        output head: sums a question, as in a cell."""
         parts, done = [], 0
-        for log_q, log_p in zip(self._log_probabilities(stream or self.end), self.reference.log_probabilities(), strict=True):
+        ours = self._log_probabilities(stream or self.end, head)
+        for log_q, log_p in zip(ours, self.reference.log_probabilities(), strict=True):
             targets = torch.cat(self.targets)[done:(done := done + len(log_q))].to(log_q.device)
             values, right = compared(log_q, log_p, targets)
             parts.append(torch.cat([values, (~right).float()[None], torch.ones_like(values[:1])]).cpu())
@@ -75,7 +78,6 @@ class Panel:
         ids, tasks = (np.array([getattr(i, what) for i in self.items]) for what in ("id", "task"))
         return {"id": ids, "task": tasks, "exact": sums[3] == 0, "answer_tokens": sums[4],
                 "answer_nll": sums[0], "answer_kl": sums[1], "answer_agree": sums[2]}
-
 
     def branches_off(self, stream: Stream, linear: str, W_hat: Tensor) -> Arrays:
         """With this weight in a linear inside a block; `stream` stands before the block."""
@@ -89,11 +91,15 @@ class Panel:
 
     def leaves(self, W_hat: Tensor) -> Arrays:
         """With this output head."""
-        with changed(self.source.model, {self._name(self.source.model.get_output_embeddings()): W_hat}):
-            return self.score()
+        return self.score(head={self._name(self.source.model.get_output_embeddings()): W_hat})
 
     def _name(self, module: nn.Module) -> str:
         return next(n for n, p in self.source.model.named_parameters() if p is module.weight)
+
+
+def _pieces(states: Tensor, source: Source) -> Iterator[Tensor]:
+    """[tokens, width], as many at a time as there is room for the logits of."""
+    return iter(states.split(max(1, PIECE // vocabulary(source.model))))
 
 
 class Layer(NamedTuple):
@@ -107,36 +113,30 @@ class Layer(NamedTuple):
 @torch.no_grad()
 def alone(step: Step, n: str, method: Method) -> Layer | None:
     """Linear `n` of a block, quantized while the others stay; None where the method leaves it in 16 bits."""
-    name = f"{step.name}.{n}"
+    name, gram = f"{step.name}.{n}", step.grams(Gram).get(n)
     trial, outcome = replace(step, block=copy.deepcopy(step.block), folded={}), Outcome()
     quantize_block(trial, Plan(Keep(), ((f"^{re.escape(name)}$", method),), inputs="model"), outcome)
     if name not in outcome.codes:
         return None
-    s = trial.folded.get(n)
     W, W_hat = step.block.get_submodule(n).weight.float(), outcome.codes[name].dequantize()
-    return _layer(W, W_hat if s is None else W_hat / s, step.grams(Gram)[n].H)
+    dW = W - (W_hat := W_hat / trial.folded[n] if n in trial.folded else W_hat)
+    own = (dW.square().sum() / W.square().sum()).item()
+    return Layer(W_hat, own, output_error(dW, gram.H) / output_error(W, gram.H) if gram else own)
 
 
-def _layer(W: Tensor, W_hat: Tensor, H: Tensor | None) -> Layer:
-    own = ((W - W_hat).square().sum() / W.square().sum()).item()
-    return Layer(W_hat, own, own if H is None else output_error(W - W_hat, H) / output_error(W, H))
+class _Alone(nn.Module):
+    """A matrix outside the blocks as a block of one linear, behind a norm of ones, which a scale can be folded into."""
 
-
-@torch.no_grad()
-def _embedding(source: Source, method: Method) -> Layer | None:
-    """The embedding, by a method that looks at no input: with one token a row H is diagonal, and GPTQ is rounding."""
-    W = source.model.get_input_embeddings().weight.detach()
-    return None if method.keeps else _layer(W.float(), method.solve(W, None)[0].stored().dequantize(), None)
-
-
-class _Tail(nn.Module):
-    """The output head as a block: behind a norm of ones, which a scale of its inputs can be folded into."""
-
-    def __init__(self, head: nn.Linear):
+    def __init__(self, W: Tensor):
         super().__init__()
-        self.norm = nn.RMSNorm(head.in_features, device=head.weight.device)
-        self.head = nn.Linear(*reversed(head.weight.shape), bias=False, device="meta")
-        self.head.weight = nn.Parameter(head.weight.detach().float().clone(), requires_grad=False)
+        self.norm = nn.RMSNorm(W.shape[1], device=W.device)
+        self.linear = nn.Linear(*reversed(W.shape), bias=False, device="meta")
+        self.linear.weight = nn.Parameter(W.detach().float(), requires_grad=False)
+
+
+def embedding_step(source: Source) -> Step:
+    """The embedding's turn, for methods that look at no input: with one token a row H is diagonal, and GPTQ is rounding."""
+    return Step(EMBEDDING, _Alone(source.model.get_input_embeddings().weight), Stream(()), Layout((), ()))
 
 
 @torch.no_grad()
@@ -145,10 +145,11 @@ def head_step(source: Source, last: Stream) -> Step:
     head = source.model.get_output_embeddings()
     gram = Gram.of(head.in_features, head.weight.device)
     with hooked([(head, lambda args, _: gram.add(args[0]))]):
-        for _ in last.logits(source):
-            pass
-    return Step(HEAD, _Tail(head), last, Layout((("head",),), (Fold("norm", ("head",)),)), True,
-                seen={("head",): {Gram: gram}})
+        for batch in last.batches:
+            for part in _pieces(batch.hidden.flatten(0, 1), source):
+                batch.logits(source, part[None])
+    group = ("linear",)
+    return Step(HEAD, _Alone(head.weight), last, Layout((group,), (Fold("norm", group),)), True, seen={group: {Gram: gram}})
 
 
 class Place(NamedTuple):
@@ -161,13 +162,14 @@ class Place(NamedTuple):
 
 def places(panel: Panel, tokens: Sequence[Sequence[int]]) -> Iterator[Place]:
     """The embedding, each linear inside the blocks, the output head; each is to be used before the next is asked for."""
-    source, stream, step = panel.source, panel.entrance, None
-    yield Place(EMBEDDING, partial(_embedding, source), panel.enters)
+    source, stream = panel.source, panel.entrance
+    yield Place(EMBEDDING, partial(alone, embedding_step(source), "linear"), panel.enters)
     for step in walk(source, tokens):
         for n in [n for group in step.layout.groups for n in group]:
             yield Place(f"{step.name}.{n}", partial(alone, step, n), partial(panel.branches_off, stream, f"{step.name}.{n}"))
-        stream, last = stream.through(step.block), step.stream
-    yield Place(HEAD, partial(alone, head_step(source, last.through(step.block)), "head"), panel.leaves)
+        if not step.last:
+            stream = stream.through(step.block)
+    yield Place(HEAD, partial(alone, head_step(source, step.stream.through(step.block)), "linear"), panel.leaves)
 
 
 def downwards(panel: Panel, methods: Sequence[Method], tokens: Sequence[Sequence[int]],

@@ -195,11 +195,14 @@ def recovery_interval(after: np.ndarray, before: np.ndarray, confidence: float =
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
-    """Spearman's rank correlation with a 95 % bootstrap interval over the pairs. Raises ValueError with fewer than 4."""
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(a) < 4 or a.shape != b.shape:
-        raise ValueError(f"expected at least 4 pairs, got {a.shape} and {b.shape}")
-    drawn = np.random.default_rng(seed).integers(0, len(a), (resamples, len(a)))
+    """Spearman's rank correlation with a 95 % bootstrap interval over the pairs. Raises ValueError with fewer than 4, or where
+    all values are one."""
+    pairs = np.array([x, y], dtype=float) if len(x) == len(y) else np.empty((2, 0))
+    if pairs.shape[1] < 4 or (pairs == pairs[:, :1]).all(1).any():
+        raise ValueError(f"expected at least 4 pairs, of more than one value, got {x} and {y}")
+    drawn = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
+    ranks = stats.rankdata(pairs[:, np.vstack([np.arange(len(x)), drawn])], axis=-1)  # [2, 1 + resamples, pairs]
+    u, v = ranks - ranks.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # a resample of one pair over and over has no correlation
-        found = [np.corrcoef(stats.rankdata(a[i]), stats.rankdata(b[i]))[0, 1] for i in (np.arange(len(a)), *drawn)]
+        found = (u * v).sum(-1) / np.sqrt(np.square(u).sum(-1) * np.square(v).sum(-1))
     return Interval(float(found[0]), *map(float, np.nanquantile(found[1:], [0.025, 0.975])))

@@ -19,6 +19,7 @@ class RowInt8(Method):
     """Each row divided by its largest magnitude, to the nearest of 255 values."""
 
     name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
 
     def formats(self) -> tuple[Format, ...]:
         return (INT8,)

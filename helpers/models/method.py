@@ -108,7 +108,7 @@ class Method:
     def of(key: Mapping) -> "Method":
         """The inverse of `key`; raises PlanError for a method or a setting that is not known."""
         settings = dict(key) if isinstance(key, Mapping) else {}
-        if (known := Method.known.get(name := settings.pop("method", None))) is None:
+        if (known := Method.known.get(str(name := settings.pop("method", None)))) is None:
             raise PlanError(f"method: {name!r} is none of {', '.join(sorted(Method.known))}")
         try:
             return known(**settings)
@@ -167,7 +167,7 @@ class Plan:
                 raise PlanError(f"{method} works on inputs of the {method.inputs} alone: Plan(..., inputs={method.inputs!r})")
         for pattern, _ in rules:
             try:
-                re.compile(f".*(?:{pattern}).*")  # as it stands in the settings of a file
+                re.compile(".*(?:" + pattern + ").*")  # as it stands in the settings of a file
             except re.error as error:
                 raise PlanError(f"rules: {pattern!r} is no regular expression: {error}") from error
 
