@@ -1,7 +1,8 @@
 """A plan of bits under a budget: each linear gets an option, the sum of the damage is least, and the bytes suffice.
 
 min sum_{l,o} d_{l,o} x_{l,o}  subject to  sum_{l,o} b_{l,o} x_{l,o} <= B,  sum_o x_{l,o} = 1,  x binary: a knapsack with one
-choice a linear, solved exactly by scipy's `milp` (HiGHS).
+choice a linear, solved by scipy's `milp` (HiGHS). The bytes are never more than B; the sum is the least there is, if all sizes
+are multiples of more than a millionth of B, as linears' are.
 """
 
 import json
@@ -86,25 +87,25 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: float, alike: Iter
 
 
 def _knapsack(each: Sequence[Sequence[Option]], budget: float) -> list[Option]:
-    """One of each. HiGHS takes for equal, and for within the budget, what is off by 1e-6: a choice that is too large is cut
-    off, and damage is scaled by the total that the last round found, until that is no smaller by half."""
-    flat = [o for choices in each for o in choices]
+    """One of each. HiGHS takes for equal, and for within the budget, what is off by 1e-6. So damage is scaled by the total of
+    the last round, until that is no smaller by half, and the room shrinks by that much if a round went beyond it."""
     row = np.repeat(np.arange(len(each)), [len(choices) for choices in each])
     size, cost = (np.array([getattr(o, of) - min(getattr(p, of) for p in choices) for choices in each for o in choices], float)
                   for of in ("bytes", "damage"))
     room = budget - sum(min(o.bytes for o in choices) for choices in each)
-    limits = [LinearConstraint((row == np.arange(len(each))[:, None]).astype(float), 1, 1),
-              LinearConstraint(size / (room or 1), ub=min(room, 1))]
-    worst, taken = cost.sum(), None
-    while taken is None or 2 * cost[taken].sum() < worst:
-        worst = worst if taken is None else cost[taken].sum()
-        found = milp(cost * (1e4 / (worst or 1)), integrality=np.ones(len(flat)), bounds=Bounds(0, cost <= worst),
-                     constraints=limits, options={"mip_rel_gap": 0})
-        if size[now := np.flatnonzero(found.x > 0.5)].sum() > room:
-            limits.append(LinearConstraint(np.isin(np.arange(len(flat)), now).astype(float), ub=len(each) - 1))
+    worst, limit = cost.sum(), 1.0
+    while True:
+        found = milp(cost * (1e4 / (worst or 1)), integrality=np.ones(len(cost)), options={"mip_rel_gap": 0},
+                     bounds=Bounds(0, (cost <= worst) & (size <= room)), constraints=[
+                         LinearConstraint((row == np.arange(len(each))[:, None]).astype(float), 1, 1),
+                         LinearConstraint(size / (room or 1), ub=limit)])
+        taken = None if found.x is None else found.x > 0.5
+        if taken is None or size[taken].sum() > room:
+            worst, limit = cost.sum(), limit - 1e-6
+        elif 2 * (total := cost[taken].sum()) < worst:
+            worst = total
         else:
-            taken = now
-    return [flat[n] for n in taken]
+            return [o for o, x in zip((o for choices in each for o in choices), taken, strict=True) if x]
 
 
 def _together(each: Sequence[Sequence[Option]]) -> list[Option]:

@@ -106,7 +106,7 @@ class Planner:
         """
         plan, judged = self.plan(bits), self.judge
         uniform = self.uniform(bits, rivals) or [plan]  # where no setting is as small, there is nothing to be better than
-        scores = {p: judged.scores(self.simulated(p)).answer for p in (*uniform, plan)}
+        scores = {p: judged.scores(self.simulated(p)).answer for p in dict.fromkeys((*uniform, plan))}
         best = min(uniform, key=lambda p: scores[p].kl.sum())
         return Choice(plan, best, ratio_interval(scores[plan].kl - scores[best].kl, scores[best].tokens))
 
