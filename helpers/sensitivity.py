@@ -23,6 +23,7 @@ from helpers.measure.tasks import encode_all
 from helpers.methods.gptq import Gptq
 from helpers.models.formats import GPTQ, GPTQ_V2
 from helpers.models.source import ModelUnavailable
+from helpers.models.texts import BadData
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -50,6 +51,9 @@ def run(options: Namespace) -> None:
         raise ModelUnavailable(f"{options.model}: the answers of random weights say nothing; give a model")
     options.out.mkdir(parents=True, exist_ok=True)
     given = material(options.model, options.revision, options.dtype, options.device, options.prompts, options.limit)
+    if len(given.tune) < 2:
+        raise BadData(f"{options.prompts}: of {len(given.tune) + len(given.judge)} questions {len(given.tune)} are left to "
+                      "choose by, which is a third of them: expected at least 2")
     tokenizer, form = AutoTokenizer.from_pretrained(given.full.folder), GPTQ_V2 if options.asym else GPTQ
     tune, judge = (encode_all(tokenizer, part, given.full.config) for part in (given.tune, given.judge))
     sensitivity = Sensitivity(tune, given.tokens, given.full, device=options.device)

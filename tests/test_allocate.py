@@ -158,7 +158,8 @@ QKV, GATES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp
 @pytest.mark.parametrize("config, expected", [
     (LlamaConfig(**MLP), [QKV, GATES]), (CohereConfig(**MLP), [QKV, GATES]),  # whose five read one input
     (OPTConfig(**SIZES, ffn_dim=256, word_embed_proj_dim=128), [QKV]), (Phi3Config(**MLP, pad_token_id=0), []),
-    (GPTNeoXConfig(**SIZES, intermediate_size=256), []), (FalconConfig(**SIZES), [])], ids=lambda c: getattr(c, "model_type", ""))
+    (GPTNeoXConfig(**SIZES, intermediate_size=256), []), (FalconConfig(**SIZES), [])],
+    ids=lambda c: getattr(c, "model_type", ""))
 def test_what_engines_fuse(config, expected, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).half()
@@ -187,7 +188,7 @@ def test_a_plan_is_read_as_it_was_saved(saved, base):
 
 
 def test_a_plan_is_of_one_model(saved):
-    with pytest.raises(PlanError, match=r"plan.json is a plan for .*allocate-for-tests, whose weights are others.* measure this"):
+    with pytest.raises(PlanError, match=r"plan.json is a plan for .*, whose weights are others.* measure this model"):
         read_plan(saved[1], Original().folder)
 
 
