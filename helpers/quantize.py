@@ -42,8 +42,8 @@ def parse(argv: list[str]) -> tuple[Method, Namespace]:
     parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window (chapter 5)")
     parser.add_argument("--windows", type=int, default=128, help="most calibration windows (chapter 5)")
     parser.add_argument("--keep", action="append", default=[], metavar="REGEX", help="linears to leave in 16 bits")
-    parser.add_argument("--plan", type=Path, help="a plan.json of `python -m helpers.sensitivity`, in place of the method and "
-                        "of --keep (chapter 7)")
+    parser.add_argument("--plan", type=Path, help="a plan.json of `python -m helpers.sensitivity`, in place of the method, "
+                        "--keep and --inputs (chapter 7)")
     parser.add_argument("--inputs", choices=("group", "block"), default="group",
                         help="calibrate on all that is quantized so far, or on the blocks before: less memory (chapter 5)")
     parser.add_argument("--format", type=chosen_format, help=f"of {', '.join(f.name for f in FORMATS)} (chapter 3)")
@@ -58,9 +58,9 @@ def run(method: Method, options: Namespace) -> None:
     plan = (read_plan(options.plan, source) if options.plan else
             Plan(method, [(pattern, Keep()) for pattern in options.keep], options.inputs))
     form, config, tokens = format_for(plan, options.format), AutoConfig.from_pretrained(source), []
-    if any(m.keeps for m in plan.methods()):
+    if looks := [m.name for m in plan.methods() if m.keeps]:
         if options.text is None:
-            raise ValueError(f"--text: {plan.default.name} looks at what the model reads; give it a file of that kind")
+            raise ValueError(f"--text: {looks[0]} looks at what the model reads; give it a file of that kind")
         tokenizer = AutoTokenizer.from_pretrained(source)
         length = min(options.length, context_of(tokenizer, config))
         encoded = [tokenizer.encode(p) for p in tqdm(read_text(options.text), desc="tokens")]

@@ -6,6 +6,7 @@ take. Exit status: 0, or 2 for bad input.
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,8 @@ from helpers.measure.stats import ratio_interval
 from helpers.measure.tasks import encode_all
 from helpers.methods.gptq import Gptq
 from helpers.models.formats import GPTQ, GPTQ_V2
+from helpers.models.source import ModelUnavailable
+from helpers.models.texts import BadData
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -44,7 +47,13 @@ def parse(argv: list[str]) -> Namespace:
 def run(options: Namespace) -> None:
     """Measure, plan, check, write."""
     book.quiet()
+    if options.model.endswith("config.json"):
+        raise ModelUnavailable(f"{options.model}: the answers of random weights say nothing; give a model")
+    options.out.mkdir(parents=True, exist_ok=True)
     given = material(options.model, options.revision, options.dtype, options.device, options.prompts, options.limit)
+    if len(given.tune) < 2:
+        raise BadData(f"{options.prompts}: of {len(given.tune) + len(given.judge)} questions {len(given.tune)} are left to "
+                      "choose by, which is a third of them: expected at least 2")
     tokenizer, form = AutoTokenizer.from_pretrained(given.full.folder), GPTQ_V2 if options.asym else GPTQ
     tune, judge = (encode_all(tokenizer, part, given.full.config) for part in (given.tune, given.judge))
     sensitivity = Sensitivity(tune, given.tokens, given.full, device=options.device)
@@ -56,12 +65,13 @@ def run(options: Namespace) -> None:
     cells = sensitivity.down(methods, inside)
     planner = Planner(sensitivity, single_kl(cells), form, alike=not options.unlike)
     choice = planner.choose(options.budget)
-    options.out.mkdir(parents=True, exist_ok=True)
     frame = table({k: c.arrays for k, c in cells.items()}, sensitivity.panel.score())
     frame.to_csv(options.out / "map.csv", index=False)
     figure, ax = plt.subplots(figsize=(7, 1 + 0.35 * sensitivity.count))
-    maps.heat_map(ax, frame[frame.setting == min(methods, key=lambda m: (abs(m.bits - 3), -m.group_size))])
+    layers = Counter(frame.setting)  # in how many a group size fits
+    maps.heat_map(ax, frame[frame.setting == min(layers, key=lambda m: (-layers[m], abs(m.bits - 3), -m.group_size))])
     figure.savefig(options.out / "map.png", dpi=160, bbox_inches="tight")
+    plt.close(figure)
     quality = Quality(judge, given.full, sensitivity.store, options.device)
     plan, other = (quality.scores(planner.simulated(p)).answer for p in (choice.chosen, choice.uniform))
     apart = ratio_interval(plan.kl - other.kl, plan.tokens)

@@ -475,7 +475,7 @@ def test_a_table_of_cells(tmp_path):
     methods = (Rtn(3), RowInt8())
     cells = sens.down(methods, SOME[1:], progress=False)
     full = sens.panel.score()
-    rows = table(cells, full)
+    rows = table({k: c.arrays for k, c in cells.items()}, full)
     assert list(zip(rows["layer"], rows["setting"], strict=True)) == list(cells)
     assert rows["bits"].tolist() == [3, 8] * 3
     assert rows["kind"].tolist() == [k for k in ("k_proj", "up_proj", HEAD) for _ in methods]

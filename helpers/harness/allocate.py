@@ -1,7 +1,8 @@
 """A plan of bits under a budget: each linear gets an option, the sum of the damage is least, and the bytes suffice.
 
 min sum_{l,o} d_{l,o} x_{l,o}  subject to  sum_{l,o} b_{l,o} x_{l,o} <= B,  sum_o x_{l,o} = 1,  x binary: a knapsack with one
-choice a linear, solved exactly by scipy's `milp` (HiGHS).
+choice a linear, solved by scipy's `milp` (HiGHS). The bytes are never more than B; the sum is the least there is, if all sizes
+are multiples of more than a millionth of B, as linears' are.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,13 @@ from helpers.models.walk import walk
 
 
 class BudgetError(ValueError):
-    """A budget below the smallest plan, or above 16 bits."""
+    """A budget below the smallest plan, or above the largest."""
+
+    def __init__(self, budget: float, least: float, most: float, unit: str = "bytes"):
+        low, high = ceil(1000 * least) / 1000, floor(1000 * most) / 1000  # which can be kept
+        super().__init__(f"budget: expected {low:,.12g} to {high:,.12g} {unit}, the smallest plan to the largest, "
+                         f"got {budget:,.12g}")
+        self.least, self.most = least, most
 
 
 class Option(NamedTuple):
@@ -62,29 +70,42 @@ def pattern(names: Sequence[str]) -> str:
     return rf"^{re.escape(module)}\.({'|'.join(map(re.escape, ends))})$"
 
 
-def allocate(options: Mapping[str, Sequence[Option]], budget: int, alike: Iterable[Sequence[str]] = ()) -> Allocation:
+def allocate(options: Mapping[str, Sequence[Option]], budget: float, alike: Iterable[Sequence[str]] = ()) -> Allocation:
     """The allocation of least damage within `budget` bytes. Linears of a set in `alike` get one method.
 
     Raises BudgetError if not even the smallest options fit, or if the budget is beyond the largest.
     """
-    units = [tuple(n for n in unit if n in options) for unit in alike]
+    units = [unit for given in alike if (unit := tuple(n for n in given if n in options))]
     units += [(n,) for n in options if not any(n in unit for unit in units)]
-    choices = [(u, o) for u, unit in enumerate(units) if unit for o in _together([options[n] for n in unit])]
-    least, most = (sum(pick(o.bytes for u, o in choices if u == k) for k, unit in enumerate(units) if unit)
-                   for pick in (min, max))
+    each = [_together([options[n] for n in unit]) for unit in units]
+    least, most = (sum(pick(o.bytes for o in choices) for choices in each) for pick in (min, max))
     if not least <= budget <= most:
-        beyond = "below the smallest" if budget < least else "above the largest"
-        raise BudgetError(f"budget: {budget:,} bytes are {beyond} plan; expected {least:,} to {most:,}")
-    one_each = np.array([[u == k for u, _ in choices] for k, unit in enumerate(units) if unit], dtype=float)
-    bytes_each, damage = (np.array([getattr(o, what) for _, o in choices], dtype=float) for what in ("bytes", "damage"))
-    scale = damage.max() or 1.0  # else its tolerance swallows small differences
-    found = milp(damage / scale, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0},
-                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bytes_each / budget, ub=1)])
-    if found.x is None:
-        raise BudgetError(f"budget: no plan of {budget:,} bytes was found: {found.message}")
-    taken = [c for c, x in zip(choices, found.x, strict=True) if x > 0.5]
-    methods = {n: o.method for u, o in taken for n in units[u]}
-    return Allocation({n: methods[n] for n in options}, sum(o.bytes for _, o in taken), sum(o.damage for _, o in taken))
+        raise BudgetError(budget, least, most)
+    chosen = _knapsack(each, budget)
+    methods = {n: o.method for unit, o in zip(units, chosen, strict=True) for n in unit}
+    return Allocation({n: methods[n] for n in options}, sum(o.bytes for o in chosen), sum(o.damage for o in chosen))
+
+
+def _knapsack(each: Sequence[Sequence[Option]], budget: float) -> list[Option]:
+    """One of each. HiGHS takes for equal, and for within the budget, what is off by 1e-6. So damage is scaled by the total of
+    the last round, until that is no smaller by half, and the room shrinks by that much if a round went beyond it."""
+    row = np.repeat(np.arange(len(each)), [len(choices) for choices in each])
+    size, cost = (np.array([getattr(o, of) - min(getattr(p, of) for p in choices) for choices in each for o in choices], float)
+                  for of in ("bytes", "damage"))
+    room = budget - sum(min(o.bytes for o in choices) for choices in each)
+    worst, limit = cost.sum(), 1.0
+    while True:
+        found = milp(cost * (1e4 / (worst or 1)), integrality=np.ones(len(cost)), options={"mip_rel_gap": 0},
+                     bounds=Bounds(0, (cost <= worst) & (size <= room)), constraints=[
+                         LinearConstraint((row == np.arange(len(each))[:, None]).astype(float), 1, 1),
+                         LinearConstraint(size / (room or 1), ub=limit)])
+        taken = None if found.x is None else found.x > 0.5
+        if taken is None or size[taken].sum() > room:
+            worst, limit = cost.sum(), limit - 1e-6
+        elif 2 * (total := cost[taken].sum()) < worst:
+            worst = total
+        else:
+            return [o for o, x in zip((o for choices in each for o in choices), taken, strict=True) if x]
 
 
 def _together(each: Sequence[Sequence[Option]]) -> list[Option]:
@@ -105,9 +126,13 @@ def options(base: Original, damage: Mapping[tuple[str, Method], float], form: Fo
 
 
 def fused(base: Original) -> list[tuple[str, ...]]:
-    """Linears that read one input, which engines fuse into one matrix (q, k, v; gate, up), so that they want one method."""
-    steps = walk(Source.from_folder(base.folder), [range(8)])
-    return [tuple(f"{step.name}.{n}" for n in group) for step in steps for group in step.layout.groups if len(group) > 1]
+    """Linears of a module that read one input, which engines fuse into one matrix (q, k, v; gate, up): one method for all."""
+    found: dict[tuple[int, int, str], list[str]] = {}
+    for n, step in enumerate(walk(Source.from_folder(base.folder), [range(8)])):
+        for g, group in enumerate(step.layout.groups):
+            for name in (f"{step.name}.{end}" for end in group):
+                found.setdefault((n, g, name.rpartition(".")[0]), []).append(name)
+    return [tuple(names) for names in found.values() if len(names) > 1]
 
 
 def save_plan(path: Path, plan: Plan, base: Original, **about: Any) -> None:
@@ -122,9 +147,12 @@ def read_plan(path: Path, folder: Path) -> Plan:
         record = json.loads(path.read_text(encoding="utf-8"))
         plan, weights = Plan.parse(record["plan"]), record["weights"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"{path} is no plan: {error}; `python -m helpers.sensitivity` writes one") from error
+        raise PlanError(f"{path} is no plan: {error!r}; `python -m helpers.sensitivity` writes one") from error
     if weights != folder_hash(folder):
         raise PlanError(f"{path} is a plan for {record.get('model')}, whose weights are others than those in {folder}: "
                         "measure this model, `python -m helpers.sensitivity`")
-    plan.check_names(name for name, _ in linears(shell(folder)))
+    try:
+        plan.check_names(name for name, _ in linears(shell(folder)))
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}; `python -m helpers.sensitivity` writes plans of this model") from error
     return plan

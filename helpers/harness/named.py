@@ -48,7 +48,7 @@ def named(names: Sequence[str], full: Original, tokens: Sequence[Sequence[int]],
     found = [_one(name, full, tokens, rebuild, shapes) for name in names]
     called = [full.name, *(v.name for v in found)]
     if twice := [n for n in called if called.count(n) > 1]:
-        raise UnknownMethod(f"methods: two variants are called {twice[0]!r}: rename a folder")
+        raise UnknownMethod(f"methods: two variants are called {twice[0]!r}: rename one of them")
     return found
 
 

@@ -76,9 +76,10 @@ class Planner:
 
     def allocation(self, bits: float) -> Allocation:
         """Of least damage at so many bits a weight, as a file has them. Raises BudgetError."""
-        if not 0 < bits <= 16:
-            raise BudgetError(f"budget: expected more than 0 and at most 16 bits a weight, got {bits:g}")
-        return allocate(self.options, int(bits * self.weights / 8), self.units)
+        try:  # rounded, so that the bits of a plan suffice for its bytes
+            return allocate(self.options, round(bits * self.weights / 8, 3), self.units)
+        except BudgetError as error:
+            raise BudgetError(bits, *(8 * b / self.weights for b in (error.least, error.most)), "bits a weight") from error
 
     def plan(self, bits: float) -> Plan:
         return self.allocation(bits).plan(self.units)
@@ -104,8 +105,9 @@ class Planner:
         Raises BudgetError.
         """
         plan, judged = self.plan(bits), self.judge
-        scores = {p: judged.scores(self.simulated(p)).answer for p in (*self.uniform(bits, rivals), plan)}
-        best = min((p for p in scores if p != plan or len(scores) == 1), key=lambda p: scores[p].kl.sum())
+        uniform = self.uniform(bits, rivals) or [plan]  # where no setting is as small, there is nothing to be better than
+        scores = {p: judged.scores(self.simulated(p)).answer for p in dict.fromkeys((*uniform, plan))}
+        best = min(uniform, key=lambda p: scores[p].kl.sum())
         return Choice(plan, best, ratio_interval(scores[plan].kl - scores[best].kl, scores[best].tokens))
 
     @cached_property

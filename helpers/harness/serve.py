@@ -27,7 +27,7 @@ from helpers.toolkits.process import ROOT
 ENGINE, PLUGINS = ROOT / ".venv-serving", ROOT / ".venv-serving-plugins"
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1",
        "VLLM_CPU_INT4_W4A8": "0"}  # else processors with AMX round the activations to 8 bits as well, and say nothing
-REFUSAL = re.compile(r"(?:Value error, |ValueError: |NotImplementedError: )(.*(?:upport|quantization|kernel).*?)(?: \[type=|$)",
+REFUSAL = re.compile(r"(?:Value error, |ValueError: |NotImplementedError: )(.*(?:upport|quantiz|kernel).*?)(?: \[type=|$)",
                      re.MULTILINE)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from helpers.models.fused import exactly, wholes
 from helpers.models.method import Codes, Plan
 from helpers.quantizers import packing
 from helpers.quantizers.affine import GroupSizeError, QParams, Quantized
@@ -85,7 +86,7 @@ class GptqFormat:
 
     name: str
     v1: bool
-    mixes = True  # bits and groups may differ between linears (`dynamic`, which GPTQModel reads and transformers does not)
+    mixes = True  # bits and groups may differ between linears (`dynamic`: GPTQModel and vLLM read it, transformers does not)
 
     def specs(self, rows: int, columns: int, method: Any) -> Specs:
         groups = group_count(columns, method.group_size)
@@ -108,10 +109,12 @@ class GptqFormat:
 
     def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str]) -> dict:
         main = next(m for m in plan.methods() if not m.stays)
-        own = {k: getattr(main, k, False) for k in ("bits", "group_size", "sym", "desc_act")}
-        dynamic = {f"-:{n.replace('.', r'[.]')}$": {} for n in left}
-        dynamic |= {f"+:.*(?:{pattern}).*": {k: getattr(m, k, False) for k in own} for pattern, m in plan.rules if not m.stays}
-        return own | {
+        said = {m: {k: getattr(m, k, False) for k in ("bits", "group_size", "sym", "desc_act")} for m in plan.methods()}
+        dynamic = {f"-:{exactly(n)}": {} for n in (*left, *wholes(left))}
+        dynamic |= {f"+:{exactly(whole)}": said[m] for whole, (first, *others) in wholes(quantized).items()
+                    if (m := plan.at(first)) != plan.at(whole) and all(plan.at(n) == m for n in others)}
+        dynamic |= {f"+:.*(?:{pattern}).*": said[m] for pattern, m in plan.rules if not m.stays}
+        return said[main] | {
             "quant_method": "gptq", "checkpoint_format": self.name, "damp_percent": getattr(main, "damp_percent", 0.01),
             "true_sequential": plan.inputs == "group", "lm_head": False, "static_groups": False} | (
             {"modules_in_block_to_quantize": [list(quantized)]} if left else {}) | ({"dynamic": dynamic} if dynamic else {})

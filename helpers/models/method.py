@@ -111,9 +111,14 @@ class Method:
         if (known := Method.known.get(str(name := settings.pop("method", None)))) is None:
             raise PlanError(f"method: {name!r} is none of {', '.join(sorted(Method.known))}")
         try:
-            return known(**settings)
+            method = known(**settings)
         except TypeError as error:
             raise PlanError(f"method: {name}: {error}") from error
+        for f in fields(method):
+            kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
+            if type(value := getattr(method, f.name)) not in kinds:
+                raise PlanError(f"method: {name}: {f.name}: expected a {type(f.default).__name__}, got {value!r}")
+        return method
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -168,7 +173,7 @@ class Plan:
         for pattern, _ in rules:
             try:
                 re.compile(".*(?:" + pattern + ").*")  # as it stands in the settings of a file
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise PlanError(f"rules: {pattern!r} is no regular expression: {error}") from error
 
     @classmethod
