@@ -389,8 +389,6 @@ def test_a_killed_map_goes_on(tmp_path, judged, monkeypatch):
     again = small(tmp_path).down(METHODS, SOME, progress=False)
     assert len(judged) == 6
     assert all(np.array_equal(again[k].arrays[a], v) for k, c in cells.items() for a, v in c.arrays.items())
-    for (n, m), cell in cells.items():
-        assert cell.key["layer"] == n and cell.key["method"] == m.key()
     fresh = small(tmp_path / "fresh").down(METHODS, SOME, progress=False)
     assert all(np.array_equal(fresh[k].arrays[a], cells[k].arrays[a]) for k in cells for a in NAMES)
 
@@ -477,6 +475,7 @@ def test_a_table_of_cells(tmp_path):
     full = sens.panel.score()
     rows = table({k: c.arrays for k, c in cells.items()}, full)
     assert list(zip(rows["layer"], rows["setting"], strict=True)) == list(cells)
+    assert all(c.key["layer"] == n and c.key["method"] == m.key() for (n, m), c in cells.items())
     assert rows["bits"].tolist() == [3, 8] * 3
     assert rows["kind"].tolist() == [k for k in ("k_proj", "up_proj", HEAD) for _ in methods]
     assert rows["block"].tolist()[:4] == [0, 0, 2, 2] and rows["block"].isna().tolist()[4:] == [True, True]
