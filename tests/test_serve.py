@@ -153,6 +153,15 @@ def test_an_address_where_nothing_is(address):
     assert nowhere.kernels() == []
 
 
+@pytest.mark.parametrize("line, said", [
+    ("  Value error, Unsupported quantization config: bits=3, sym=True [type=value_error, input_value=", "bits=3, sym=True"),
+    ("ERROR [multiproc_executor.py:953] ValueError: Marlin does not support weight_bits = uint8b128. Only", "uint8b128. Only"),
+    ("ValueError: Detected some but not all shards of model.layers.2.self_attn.qkv_proj are quantized. All", "quantized. All")])
+def test_a_refusal_is_found_in_the_engines_log(line, said):
+    [reason] = serve.REFUSAL.findall(f"INFO starting\n{line}\nRuntimeError: Engine core initialization failed.")
+    assert reason.endswith(said) and reason[0] in "UMD"
+
+
 def test_what_is_not_installed_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "ENGINE", tmp_path / "none")
     monkeypatch.setattr(loads, "GENERATOR", tmp_path / "none")
