@@ -257,7 +257,8 @@ for bits, ups in record["upwards"].items():
         f"{k.removesuffix('_proj')} {g:.0f} %" for k, g in gains.items()))
     down = [record["options"][n][str(Gptq(int(bits), search=True))][0] for n in layers]
     up = [low - ups[n][0] for n in layers]
-    print(f"  linear by linear, downwards against upwards: rank correlation {rank_correlation(down, up)}")
+    print(f"  linear by linear, downwards against upwards: rank correlation {rank_correlation(down, up)}\n"
+          f"  of the KL of all at once, single linears sum to {sum(down) / low:.2f} downwards and {sum(up) / low:.2f} upwards")
 
 # %% [markdown]
 # ## Cheap and dear

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import NullFormatter
 
 from helpers.harness.sensitivity import where
 from helpers.measure.stats import Interval
@@ -47,6 +48,7 @@ def against(ax, cheap: Mapping[str, float], dear: Mapping[str, float], title: st
                 label=kind.removesuffix("_proj"), markersize=5)
     ax.set(xscale="log", yscale="log", title=title)
     ax.title.set_fontsize(9)
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def curve(ax, families: Mapping[str, Sequence[tuple[float, Interval]]], joined: Sequence[str] = ()) -> None:
