@@ -425,6 +425,7 @@ def test_layers_that_are_not_there_and_groups_that_do_not_fit(tmp_path, judged, 
     assert sens.down(METHODS, []) == {} and not judged
     q, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     methods = (Rtn(4, 96), Gptq(4, 96), Keep())  # of 256 inputs, and 768
+    monkeypatch.setattr(sensitivity, "head_step", lambda *_: pytest.fail("the head, which nothing fits"))
     cells = sens.down(methods, [EMBEDDING, q, down, HEAD], progress=False)
     assert set(cells) == {(down, m) for m in methods[:2]} and len(judged) == 2
     monkeypatch.setattr(maps, "downwards", lambda *_: pytest.fail("nothing is left to measure"))
