@@ -257,7 +257,9 @@ def test_a_group_is_looked_at_once(tiny, monkeypatch):
     step = next(walk(tiny, [range(5, 60)] * 2))
     for n in ("self_attn.q_proj", "mlp.down_proj", "self_attn.v_proj"):
         for method in (Gptq(3, 64), Awq(3, 64), Rtn(3, 64)):
-            assert alone(step, n, method)
+            layer = alone(step, n, method)
+        # the scale that AWQ folded before is not in what follows
+        assert torch.equal(layer.W_hat, Rtn(3, 64).solve(step.block.get_submodule(n).weight, None)[0].stored().dequantize())
     assert set(added.values()) == {1} and len(added) == len(step.layout.groups) == 4
 
 
@@ -423,6 +425,7 @@ def test_layers_that_are_not_there_and_groups_that_do_not_fit(tmp_path, judged, 
     assert sens.down(METHODS, []) == {} and not judged
     q, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     methods = (Rtn(4, 96), Gptq(4, 96), Keep())  # of 256 inputs, and 768
+    monkeypatch.setattr(sensitivity, "head_step", lambda *_: pytest.fail("the head, which nothing fits"))
     cells = sens.down(methods, [EMBEDDING, q, down, HEAD], progress=False)
     assert set(cells) == {(down, m) for m in methods[:2]} and len(judged) == 2
     monkeypatch.setattr(maps, "downwards", lambda *_: pytest.fail("nothing is left to measure"))
@@ -462,6 +465,7 @@ def test_up_and_what_it_refuses(tmp_path, judged, bundled):
         assert same(cell.arrays, judge.score(quantized(bundled.model, Plan(Rtn(3), rules)))), name
     again = small(tmp_path).up(low, raised | {"other name": raised["v"][::-1], "k": ["model.layers.1.self_attn.k_proj"]}, False)
     assert len(judged) == 3 + 2 and fast(again["other name"].arrays, cells["v"].arrays)
+    assert set(sens.up(low, {"v": raised["v"][::-1]}, False)) == {"", "v"} and len(judged) == 3 + 2
     with pytest.raises(LayerUnknown, match="'output head' is no layer"):
         sens.up(low, {"x": [HEAD]})
     with pytest.raises(PlanError, match="folds scales"):
