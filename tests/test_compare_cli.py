@@ -19,7 +19,12 @@ from helpers import book, compare
 from helpers.compare import main
 from helpers.files import PROVENANCE, folder_hash
 from helpers.harness import jobs, named, report
+from helpers.harness.allocate import save_plan
+from helpers.harness.compare import Quality
 from helpers.harness.study import prepared
+from helpers.harness.variants import Original
+from helpers.methods.rtn import Rtn
+from helpers.models.method import Plan
 from helpers.store import CACHE as CELLS
 from helpers.store import BadCell, Cell, Store
 
@@ -62,6 +67,22 @@ def test_the_exit_status_is_the_verdict(own, gates, status, outcome, capsys, mon
     assert report.read(folder / "out" / "results.json")["verdict"]["outcome"] == outcome
     assert yaml.safe_load((folder / "out" / "manifest.yml").read_text())["deploy"] is None or status == 0
     assert {p.name for p in (folder / "out").iterdir()} == {"manifest.yml", "report.html", "report.ipynb", "results.json"}
+
+
+def test_a_plan_is_a_method(own, capsys, monkeypatch):
+    """By its file's name, which the notebook is told in full; a second run makes and scores nothing."""
+    folder, arguments = own
+    save_plan(folder / "plan.json", Plan(Rtn(4, 64), (("o_proj", Rtn(8, 32)),)), Original(arguments[1]))
+    (folder / "gates.yml").write_text("memory_bytes: '< 1e9'")
+    monkeypatch.chdir(folder)
+    for _ in range(2):
+        assert main([*arguments, "--methods", "plan.json", "--gates", "gates.yml"]) == 0
+        assert "verdict: pass; pick: plan" in capsys.readouterr().out
+        assert json.loads((folder / "called.json").read_text())["methods"] == [str(folder / "plan.json")]
+        monkeypatch.setattr(named, "quantize_to", None)
+        monkeypatch.setattr(Quality, "of", None)
+    (folder / "plan.json").write_text("{")
+    assert main([*arguments, "--methods", "plan.json"]) == 2 and "plan.json is no plan: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -87,7 +87,7 @@ def test_rules_by_kind_need_no_more(tmp_path):
     """A pattern that is found in the whole's name as well has one rule; parts that differ have none of the whole."""
     names = [n for n, _ in linears(shell(BUNDLED))]
     for kind, extra in (("mlp", 0), ("(gate|up)_proj", 0), ("[qkv]_proj", 0), ("self_attn.(q|k|v)", 0), ("[.](q|k|v)_proj", 4),
-                        ("k_proj", 0)):
+                        ("k_proj", 0), ("q_proj", 0)):
         said = GPTQ.settings(Plan(Rtn(4), ((kind, Rtn(8)),)), [], names)["dynamic"]
         assert len(said) == 1 + extra and list(said)[-1] == f"+:.*(?:{kind}).*", kind
     assert "dynamic" not in GPTQ.settings(Plan(Rtn(4)), [], names)

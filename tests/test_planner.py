@@ -118,6 +118,8 @@ def test_a_budget_of_a_setting_suffices_for_it(base, tmp_path):
         uniform = {n: m if sensitivity.fits(n, m) else Keep() for n in planner.options}
         assert planner.foreseen(found.methods) <= planner.foreseen(uniform) * (1 + 1e-9)
         assert planner.foreseen(found.methods) == pytest.approx(found.damage ** (1 / planner.power))
+        alone = Planner(sensitivity, {key: value for key, value in kl.items() if key[1] == m}, GPTQ)
+        assert alone.allocation(bits).methods == uniform  # the smallest that there is
     rounded = [m for m in methods if int(planner.bits(Plan(m)) * planner.weights / 8) * 8 / planner.weights
                < planner.bits(Plan(m)) - 1e-9]
     assert rounded  # for which cutting off the float would lose a byte
