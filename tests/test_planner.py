@@ -107,7 +107,7 @@ def test_where_no_setting_is_small_enough_there_is_the_plan(planner):
 def test_a_budget_of_a_setting_suffices_for_it(base, tmp_path):
     """To the byte, whatever a float makes of the bits: the plan of so many bits is foreseen to be at least as good."""
     sensitivity = Sensitivity(ITEMS, [], base, Store(tmp_path))
-    methods = settings((2, 4, 7, 8), (32, 48, 64))
+    methods = settings((2, 7), (32, 64))
     kl = {(n, m): 1 / m.bits + m.group_size / 1e4 for n in list(sensitivity.shapes)[1:-1] for m in methods
           if sensitivity.fits(n, m)}
     planner = Planner(sensitivity, kl, GPTQ)
