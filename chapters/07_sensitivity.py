@@ -104,11 +104,12 @@ from helpers.models import branches
 from helpers.models.layers import common_group
 from helpers.models.method import Plan
 from helpers.models.quantize import quantized
-from helpers.models.source import BUNDLED
+from helpers.models.source import BUNDLED, resolve
 
 run_on = settings(model, profile)
-given = material(*(run_on[k] for k in ("model", "revision", "dtype", "device")), limit=8)
-full, is_bundled = given.full, given.full.folder == BUNDLED
+is_bundled = resolve(run_on["model"], run_on["revision"]) == BUNDLED
+given = material(*(run_on[k] for k in ("model", "revision", "dtype", "device")), limit=8 if is_bundled else 3)
+full = given.full
 tokenizer = AutoTokenizer.from_pretrained(full.folder)
 items = encode_all(tokenizer, given.tune, full.config)
 live = Sensitivity(items, given.tokens[:16], full, device=run_on["device"])
