@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -27,11 +28,13 @@ from transformers import (
 )
 
 from helpers.measure.bytes import measured_bytes, predicted_bytes
+from helpers.measure.sensitivity import Panel
+from helpers.measure.tasks import Item
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
 from helpers.models.checkpoint import quantize_to
-from helpers.models.layers import UnknownStructure, common_group, left_alone, linears
+from helpers.models.layers import UnknownStructure, common_group, hooked, left_alone, linears
 from helpers.models.method import Gram, Method
 from helpers.models.outliers import add_outliers
 from helpers.models.quantize import quantize_model, quantized
@@ -129,6 +132,24 @@ def test_the_walk_is_the_models_own_forward_pass(model):
             assert torch.allclose(row, expected[tuple(ids.tolist())], rtol=1e-3, atol=1e-4)
         some = batch.logits(Source(model), batch.hidden.flatten(0, 1)[None, 3:40:5])  # of any positions
         assert torch.allclose(some[0], rows.flatten(0, 1)[3:40:5], rtol=1e-4, atol=1e-5)
+
+
+def test_answers_do_not_need_all_of_the_last_block(family, model):
+    """Modules that work on each position by itself leave out all but the answers; keys and values do not."""
+    panel = Panel(model, [Item(t, len(t) - 4, id=str(n)) for n, t in enumerate(TOKENS)])
+    mixing = ("k_proj", "v_proj", "qkv_proj", "query_key_value", "self_attn", "self_attention", "attention", "input_layernorm")
+    assert panel.local and not [n for n in panel.local if n.endswith(mixing)]
+    assert family != "llama" or set(panel.local) == {"self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm"}
+    seen = []
+    with hooked([(panel.source.blocks[-1].get_submodule(panel.local[0]), lambda _, out: seen.append(out))], after=True):
+        short = panel.score(panel.to_end(panel.entrance))
+    assert len(seen) == len(panel.batches)
+    for out, mask in zip(seen, panel.answers, strict=True):  # 4 tokens of each question
+        assert 0 < (out != 0).any(-1).sum() <= mask.sum() == 4 * len(mask)
+    whole = panel.score(panel.entrance.through(*panel.source.blocks))
+    for what in ("answer_nll", "answer_kl"):
+        assert np.allclose(short[what], whole[what], rtol=1e-4, atol=1e-4), what
+    assert np.array_equal(short["exact"], whole["exact"])
 
 
 @pytest.mark.parametrize("method", [Awq(8, 32, clip=False), AwqGptq(8, 32, sym=False)], ids=str)

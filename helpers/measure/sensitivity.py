@@ -21,6 +21,7 @@ from helpers.measure.tasks import Item
 from helpers.methods.keep import Keep
 from helpers.models.branches import branch, branches, changed
 from helpers.models.layers import Fold, Layout, hooked
+from helpers.models.local import local_modules, only_at
 from helpers.models.method import Gram, Method, Outcome, Plan
 from helpers.models.quantize import quantize_block
 from helpers.models.source import Source
@@ -43,10 +44,24 @@ class Panel:
         ids, _, self.answers = zip(*(padded([items[i] for i in batch]) for batch in self.batches), strict=True)
         self.targets = [t[:, 1:][mask] for t, mask in zip(ids, self.answers, strict=True)]
         self.entrance = Stream.enter(self.source, ids)
-        self.end = self.entrance.through(*self.source.blocks)
+        probe = Stream.start(self.source, [range(8)])
+        at_last = replace(probe, index=len(self.source.blocks) - 1)
+        self.local = local_modules(self.source.blocks[-1], probe.batches[0].hidden.shape[-1],
+                                   lambda block, x: at_last.run(block, probe.batches[0], x))
+        self.end = self.to_end(self.entrance)
         self.reference = reference or self
         size = sum(map(len, self.targets)) * vocabulary(self.source.model)
         self.remembered = list(self._log_probabilities(self.end)) if size <= REMEMBERED and not reference else None
+
+    @torch.no_grad()
+    def to_end(self, stream: Stream) -> Stream:
+        """After the last block, where what comes before an answer's tokens is right and all else is not to be looked at."""
+        *blocks, last = self.source.blocks[stream.index:]
+        stream, outputs = stream.through(*blocks), []
+        for batch, mask in zip(stream.batches, self.answers, strict=True):
+            with only_at(last, self.local, nn.functional.pad(mask, (0, 1)).to(batch.hidden.device)):
+                outputs.append(stream.run(last, batch))
+        return stream.after(outputs)
 
     def log_probabilities(self) -> Iterator[Tensor]:
         """Those of the model as it is."""
@@ -81,13 +96,13 @@ class Panel:
 
     def branches_off(self, stream: Stream, linear: str, W_hat: Tensor) -> Arrays:
         """With this weight in a linear inside a block; `stream` stands before the block."""
-        return self.score(branch(self.source, stream, {f"{linear}.weight": W_hat}))
+        return self.score(branch(self.source, stream, {f"{linear}.weight": W_hat}, self.to_end))
 
     def enters(self, W_hat: Tensor) -> Arrays:
         """With this embedding. An output head that is the same parameter stays as it is, and so in `leaves`."""
         with changed(self.source.model, {self._name(self.source.model.get_input_embeddings()): W_hat}):
             entrance = Stream.enter(self.source, [b.ids for b in self.entrance.batches])
-        return self.score(entrance.through(*self.source.blocks))
+        return self.score(self.to_end(entrance))
 
     def leaves(self, W_hat: Tensor) -> Arrays:
         """With this output head."""
@@ -196,5 +211,5 @@ def upwards(panel: Panel, raised: Mapping[str, Mapping[str, Tensor]]) -> Iterato
 
     The panel's `reference` is the unquantized model.
     """
-    for name, stream in branches(panel.source, raised, panel.entrance):
+    for name, stream in branches(panel.source, raised, panel.entrance, panel.to_end):
         yield name, panel.score(stream)

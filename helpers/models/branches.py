@@ -1,6 +1,6 @@
 """One change of a model at a time: each branch shares with the unchanged model all that comes before it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +31,17 @@ def first_block(source: Source, change: Mapping[str, Tensor]) -> int:
     return min(int(p.removeprefix(f"{source.path}.").split(".")[0]) for p in change)
 
 
-def branch(source: Source, stream: Stream, change: Mapping[str, Tensor]) -> Stream:
-    """The stream after the last block of the changed model, from that of the unchanged one before the first changed block."""
+def branch(source: Source, stream: Stream, change: Mapping[str, Tensor], end: Callable[[Stream], Stream] | None = None
+           ) -> Stream:
+    """The stream after the last block of the changed model, from that of the unchanged one before the first changed block;
+    `end` runs the blocks from there on, if not all of each is wanted."""
     with changed(source.model, change):
-        return stream.through(*source.blocks[stream.index:])
+        return end(stream) if end else stream.through(*source.blocks[stream.index:])
 
 
 def branches(model: nn.Module | Source, changes: Mapping[Any, Mapping[str, Tensor]],
-             sequences: Sequence[Sequence[int]] | Stream) -> Iterator[tuple[Any, Stream]]:
+             sequences: Sequence[Sequence[int]] | Stream, end: Callable[[Stream], Stream] | None = None
+             ) -> Iterator[tuple[Any, Stream]]:
     """(name, stream after the last block) of each change, {parameter: new value}, of a model in memory.
 
     The unchanged model is walked once; a branch leaves it at the first block that it changes.
@@ -49,4 +52,4 @@ def branches(model: nn.Module | Source, changes: Mapping[Any, Mapping[str, Tenso
         at.setdefault(first_block(source, change), []).append(name)
     for step in walk(source, sequences):
         for name in at.get(step.stream.index, ()):
-            yield name, branch(source, step.stream, changes[name])
+            yield name, branch(source, step.stream, changes[name], end)
