@@ -127,7 +127,7 @@ def nested(values: Mapping[tuple[str, Method], Any]) -> dict[str, dict[str, Any]
 
 
 def speed() -> None:
-    """The map by four methods, and on a linear of each block the loop that everybody writes first: the same numbers."""
+    """The map by four methods, and on a linear of each block, of as many kinds, the loop that everybody writes first."""
     with tempfile.TemporaryDirectory() as folder:
         sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION), store=Store(Path(folder)))
         model, judge = sens.base.load(), Judge(sens.items, sens.base.load())
@@ -137,7 +137,7 @@ def speed() -> None:
         cells = sens.down(methods, names)
         ours = {"whole": time.perf_counter() - started} | {k: float(sum(c.arrays[f"{k}_s"] for c in cells.values()))
                                                            for k in ("quantize", "forward")}
-    sample, naive, apart = names[::len(names) // 4][:4], {"whole": 0.0, "quantize": 0.0, "forward": 0.0}, 0.0
+    sample, naive, apart = names[::len(names) // 4 + 2], {"whole": 0.0, "quantize": 0.0, "forward": 0.0}, 0.0
     for name, method in tqdm([(n, m) for n in sample for m in methods], desc="naive"):
         started = time.perf_counter()
         changed = quantized(model, Plan(Keep(), ((f"^{name}$", method),), inputs="model"), sens.tokens)

@@ -33,6 +33,7 @@ from helpers.measure.tasks import Item
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
+from helpers.models.branches import branch
 from helpers.models.checkpoint import quantize_to
 from helpers.models.layers import UnknownStructure, common_group, hooked, left_alone, linears
 from helpers.models.method import Gram, Method
@@ -150,6 +151,22 @@ def test_answers_do_not_need_all_of_the_last_block(family, model):
     for what in ("answer_nll", "answer_kl"):
         assert np.allclose(short[what], whole[what], rtol=1e-4, atol=1e-4), what
     assert np.array_equal(short["exact"], whole["exact"])
+
+
+def test_a_branch_needs_nothing_before_its_linear(model):
+    """Each linear of each block changed alone, twice, what came before it put out again: the scores of whole passes."""
+    panel, stream = Panel(model, [Item(t, len(t) - 4, id=str(n)) for n, t in enumerate(TOKENS[2:])]), None
+    stream = panel.entrance
+    for name, block in panel.source:
+        after, known = panel.through(stream, block)
+        for linear, outputs in known.items():
+            change = {f"{name}.{linear}.weight": 0.9 * block.get_submodule(linear).weight}
+            whole = panel.score(branch(panel.source, stream, change))
+            for _ in range(2):
+                short = panel.branches_off(stream, f"{name}.{linear}", outputs, change[f"{name}.{linear}.weight"])
+                for what in ("answer_nll", "answer_kl"):
+                    assert np.allclose(short[what], whole[what], rtol=1e-4, atol=1e-4), (linear, what)
+        stream = after
 
 
 @pytest.mark.parametrize("method", [Awq(8, 32, clip=False), AwqGptq(8, 32, sym=False)], ids=str)

@@ -242,10 +242,10 @@ def test_passes_are_counted(model, items, tokens):
     found = [(n, m) for n, m, _ in downwards(panel, methods, tokens)]
     assert len(found) == 30 * 3 - 2  # all but GPTQ and AWQ of the embedding
     branched = 7 * 3 * sum(L - b for b in range(L)) + L  # and the embedding's; the head's takes none
-    assert sum(n for (_, size), n in passes.items() if size == asked) == branched + L + (L - 1)
+    assert sum(n for (_, size), n in passes.items() if size == asked) == branched + 2 * L
     assert {passes[i, calibrated] for i in range(L)} == {2}
     naive = L * (1 + len(found))  # with the reference's own
-    assert branched + L + (L - 1) <= (L + 1) / (2 * L) * naive + L
+    assert branched + 2 * L <= (L + 1) / (2 * L) * naive + L
     assert {size for _, size in passes} == {asked, calibrated, 8}
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from helpers.measure.tasks import Item
 from helpers.methods.keep import Keep
 from helpers.models.branches import branch, branches, changed
 from helpers.models.layers import Fold, Layout, hooked
-from helpers.models.local import local_modules, only_at
+from helpers.models.local import finished_before, local_modules, only_at, put_out
 from helpers.models.method import Gram, Method, Outcome, Plan
 from helpers.models.quantize import quantize_block
 from helpers.models.source import Source
@@ -44,24 +44,45 @@ class Panel:
         ids, _, self.answers = zip(*(padded([items[i] for i in batch]) for batch in self.batches), strict=True)
         self.targets = [t[:, 1:][mask] for t, mask in zip(ids, self.answers, strict=True)]
         self.entrance = Stream.enter(self.source, ids)
-        probe = Stream.start(self.source, [range(8)])
-        at_last = replace(probe, index=len(self.source.blocks) - 1)
-        self.local = local_modules(self.source.blocks[-1], probe.batches[0].hidden.shape[-1],
-                                   lambda block, x: at_last.run(block, probe.batches[0], x))
+        self.probe = Stream.start(self.source, [range(8)])
+        self.local = local_modules(self.source.blocks[-1], self.probe.batches[0].hidden.shape[-1],
+                                   partial(self._probed, len(self.source.blocks) - 1))
         self.end = self.to_end(self.entrance)
         self.reference = reference or self
         size = sum(map(len, self.targets)) * vocabulary(self.source.model)
         self.remembered = list(self._log_probabilities(self.end)) if size <= REMEMBERED and not reference else None
 
     @torch.no_grad()
-    def to_end(self, stream: Stream) -> Stream:
-        """After the last block, where what comes before an answer's tokens is right and all else is not to be looked at."""
-        *blocks, last = self.source.blocks[stream.index:]
-        stream, outputs = stream.through(*blocks), []
-        for batch, mask in zip(stream.batches, self.answers, strict=True):
-            with only_at(last, self.local, nn.functional.pad(mask, (0, 1)).to(batch.hidden.device)):
-                outputs.append(stream.run(last, batch))
-        return stream.after(outputs)
+    def to_end(self, stream: Stream, known: Mapping[str, Sequence] | None = None) -> Stream:
+        """After the last block, where what comes before an answer's tokens is right and all else is not to be looked at.
+
+        `known`: what modules of the first of these blocks put out, a batch after another.
+        """
+        for block in self.source.blocks[stream.index:]:
+            outputs, local = [], self.local if block is self.source.blocks[-1] else ()
+            given = {n: out for n, out in (known or {}).items() if not any(n.startswith(f"{outer}.") for outer in local)}
+            for i, (batch, mask) in enumerate(zip(stream.batches, self.answers, strict=True)):
+                with (only_at(block, local, nn.functional.pad(mask, (0, 1)).to(batch.hidden.device)),
+                      put_out(block, {n: out[i] for n, out in given.items()})):
+                    outputs.append(stream.run(block, batch))
+            stream, known = stream.after(outputs), None
+        return stream
+
+    @torch.no_grad()
+    def through(self, stream: Stream, block: nn.Module) -> tuple[Stream, dict[str, dict[str, list]]]:
+        """(the stream after the block, {linear: what is `known` when it alone is changed}) of the block as it is; nothing is
+        kept where that is too much."""
+        before = finished_before(block, partial(self._probed, stream.index, block))
+        kept: dict[str, list] = {n: [] for names in before.values() for n in names}
+        outputs = []
+        with hooked([(block.get_submodule(n), lambda _, out, n=n: kept[n].append(out)) for n in kept], after=True):
+            for batch in stream.batches:
+                outputs.append(stream.run(block, batch))
+                if sum(t.numel() for outs in kept.values() for out in outs for t in _tensors(out)) > REMEMBERED:
+                    before = {}
+                    for outs in kept.values():
+                        outs.clear()
+        return stream.after(outputs), {n: {m: kept[m] for m in names} for n, names in before.items()}
 
     def log_probabilities(self) -> Iterator[Tensor]:
         """Those of the model as it is."""
@@ -94,9 +115,9 @@ class Panel:
         return {"id": ids, "task": tasks, "exact": sums[3] == 0, "answer_tokens": sums[4],
                 "answer_nll": sums[0], "answer_kl": sums[1], "answer_agree": sums[2]}
 
-    def branches_off(self, stream: Stream, linear: str, W_hat: Tensor) -> Arrays:
+    def branches_off(self, stream: Stream, linear: str, known: Mapping[str, Sequence], W_hat: Tensor) -> Arrays:
         """With this weight in a linear inside a block; `stream` stands before the block."""
-        return self.score(branch(self.source, stream, {f"{linear}.weight": W_hat}, self.to_end))
+        return self.score(branch(self.source, stream, {f"{linear}.weight": W_hat}, lambda s: self.to_end(s, known)))
 
     def enters(self, W_hat: Tensor) -> Arrays:
         """With this embedding. An output head that is the same parameter stays as it is, and so in `leaves`."""
@@ -108,8 +129,15 @@ class Panel:
         """With this output head."""
         return self.score(head={self._name(self.source.model.get_output_embeddings()): W_hat})
 
+    def _probed(self, index: int, block: nn.Module, hidden: Tensor | None = None) -> Tensor:
+        return replace(self.probe, index=index).run(block, self.probe.batches[0], hidden)
+
     def _name(self, module: nn.Module) -> str:
         return next(n for n, p in self.source.model.named_parameters() if p is module.weight)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)]
 
 
 def _pieces(states: Tensor, source: Source) -> Iterator[Tensor]:
@@ -180,10 +208,11 @@ def places(panel: Panel, tokens: Sequence[Sequence[int]]) -> Iterator[Place]:
     source, stream = panel.source, panel.entrance
     yield Place(EMBEDDING, partial(alone, embedding_step(source), "linear"), panel.enters)
     for step in walk(source, tokens):
+        after, known = panel.through(stream, step.block)
         for n in [n for group in step.layout.groups for n in group]:
-            yield Place(f"{step.name}.{n}", partial(alone, step, n), partial(panel.branches_off, stream, f"{step.name}.{n}"))
-        if not step.last:
-            stream = stream.through(step.block)
+            yield Place(name := f"{step.name}.{n}", partial(alone, step, n),
+                        partial(panel.branches_off, stream, name, known.get(n, {})))
+        stream = after
     yield Place(HEAD, partial(alone, head_step(source, step.stream.through(step.block)), "linear"), panel.leaves)
 
 

@@ -1,12 +1,16 @@
-"""Where a block's output is wanted at some positions alone: the modules that need not be computed at the others."""
+"""What of a block need not be computed: positions whose output is not wanted, and all before the linear that is changed."""
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from helpers.models.layers import hooked
 
 POSITIONS, AT = 8, 3
 
@@ -46,8 +50,7 @@ def local_modules(block: nn.Module, width: int, run: Callable[[nn.Module, Tensor
     return found
 
 
-@contextmanager
-def only_at(block: nn.Module, names: Iterable[str], wanted: Tensor):
+def only_at(block: nn.Module, names: Iterable[str], wanted: Tensor) -> AbstractContextManager:
     """While the context lasts these modules compute what is `wanted` [sequences, length], and put out zeros elsewhere."""
     def forward(whole: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         values = whole(x[wanted][None])[0]
@@ -55,14 +58,49 @@ def only_at(block: nn.Module, names: Iterable[str], wanted: Tensor):
         out[wanted] = values
         return out
 
-    modules = [block.get_submodule(n) for n in names]
-    own = [m.__dict__.get("forward") for m in modules]
-    for m in modules:
-        m.forward = partial(forward, m.forward)
+    return _instead({m: partial(forward, m.forward) for m in map(block.get_submodule, names)})
+
+
+def put_out(block: nn.Module, outputs: Mapping[str, Any]) -> AbstractContextManager:
+    """While the context lasts these modules do nothing but put out what they are given here."""
+    return _instead({block.get_submodule(n): lambda *_, out=out, **__: out for n, out in outputs.items()})
+
+
+@contextmanager
+def _instead(forwards: Mapping[nn.Module, Callable]):
+    own = {m: m.__dict__.get("forward") for m in forwards}
+    for m, forward in forwards.items():
+        m.forward = forward
     try:
         yield
     finally:
-        for m, earlier in zip(modules, own, strict=True):
+        for m, earlier in own.items():
             del m.forward
             if earlier is not None:
                 m.forward = earlier
+
+
+def finished_before(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, list[str]]:
+    """{linear: the modules that have finished when it begins}, those inside others left out, from one pass of the block.
+
+    A change of the linear leaves their outputs as they were. Modules that are called more than once are not among them.
+    """
+    begun: dict[str, int] = {}
+    ended: dict[str, int] = {}
+    calls: Counter[str] = Counter()
+
+    def begins(name: str, *_) -> None:
+        calls[name] += 1
+        begun[name] = len(begun) + len(ended)
+
+    def ends(name: str, *_) -> None:
+        ended[name] = len(begun) + len(ended)
+
+    modules = [(n, m) for n, m in block.named_modules() if n]
+    with hooked([(m, partial(begins, n)) for n, m in modules]), hooked([(m, partial(ends, n)) for n, m in modules], after=True):
+        run()
+    found = {}
+    for name in (n for n, m in modules if isinstance(m, nn.Linear) and calls[n] == 1):
+        done = [n for n in ended if calls[n] == 1 and ended[n] < begun[name]]
+        found[name] = [n for n in done if not any(n.startswith(f"{outer}.") for outer in done)]
+    return found
