@@ -45,6 +45,31 @@ def test_the_map(frame):
     assert ends["embedding", Rtn(2)] > 2 * inside[inside.setting == Rtn(2)].groupby("kind").kl.sum().max()
 
 
+def test_the_head_is_not_the_dearest(frame):
+    """KL for each byte saved by rounding to 4 bits."""
+    size = {"output head": 1280 * 256, "v_proj": 4 * 128 * 256, "o_proj": 4 * 256 * 256}
+    kl_of = frame[frame.setting == Rtn(4)].groupby("kind").kl.sum()
+    head, *dear = (kl_of[kind] / n for kind, n in size.items())
+    assert dear[0] / head == pytest.approx(14, abs=0.5) and dear[1] / head == pytest.approx(5, abs=0.5)
+
+
+def test_what_fails_first(plans):
+    arrays, _ = plans
+    before = arrays["16 bits"]
+
+    def lost(kind, task):
+        of = before["task"] == task
+        return before["exact"][0][of].mean() - arrays[f"{kind} alone at 2 bits"]["exact"][0][of].mean()
+
+    kinds = [n.split()[0] for n in arrays if n.endswith("alone at 2 bits")]
+    assert len(kinds) == 7
+    for task in ("json", "tool", "condense"):
+        assert all(lost(kind, task) > 0.44 for kind in ("v_proj", "o_proj"))
+        assert all(lost(kind, task) < 0.35 for kind in kinds if kind not in ("v_proj", "o_proj"))
+    assert all(lost(kind, task) > 0 for kind in kinds for task in ("facts_tail", "arithmetic_steps"))
+    assert all(lost(kind, task) == 0 for kind in kinds for task in ("recall_4", "recall_12"))
+
+
 def test_upwards_and_downwards(record):
     for bits, (together, back) in {"2": (0.19, 2.18), "3": (0.68, 1.43)}.items():
         ups, setting = record["upwards"][bits], str(Gptq(int(bits), search=True))
