@@ -126,6 +126,12 @@ def test_rules_and_peers(plans):
     assert len(others) == 20 and beaten == ["nvidia-modelopt, kl_div, 3.75", "nvidia-modelopt, kl_div, 4"]
 
 
+def test_exchanges_find_nothing(plans):
+    arrays, _ = plans
+    climbed = next(n for n in arrays if n.startswith("climbed"))
+    assert not paired(arrays[climbed], arrays[climbed.removeprefix("climbed from the ")], "answer_kl").excludes_zero()
+
+
 def test_speed():
     """(L + 1) / 2L of the passes, a fifth of the quantizing, a third of the whole; on the machine of the record."""
     speed = read("map_speed").data
