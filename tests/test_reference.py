@@ -131,7 +131,7 @@ def test_ours_load_in_transformers(written, name):
     # AWQ's automatic kernel computes in bf16
     exact = {"quantization_config": AwqConfig(bits=4, backend="torch_awq")} if name in ("awq", "awq_some") else {}
     # bitsandbytes computes NF4 in bf16, and rounds the inputs of int8 linears to 8 bits
-    tolerance = {"nf4": 0.0065, "int8": 0.03}.get(name.split("_")[0], 0.001)
+    tolerance = {"nf4": 0.01, "int8": 0.03}.get(name.split("_")[0], 0.001)
     assert off(logits(reload(written / name, **exact)), logits(load_simulated(written / name))) < tolerance
 
 

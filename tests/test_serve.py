@@ -44,6 +44,8 @@ from helpers.toolkits.process import ROOT
 
 NEW = 24
 engine = pytest.mark.skipif(available() is not None, reason=str(available()))
+no_kernel = not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512"
+four_bits = pytest.mark.skipif(available() is not None or no_kernel, reason=str(available() or "4 bits need AVX-512 there"))
 generator = pytest.mark.skipif(not (GENERATOR / ".installed").is_file(), reason="no GuideLLM: run `make serving`")
 
 
@@ -303,7 +305,7 @@ def test_the_model_in_16_bits_is_served_as_it_is(asked, bundled):
         assert "HTTP 404" in unknown.error and "HTTP 400" in long.error
 
 
-@engine
+@four_bits
 def test_an_artefact_is_served_as_exact_dequantization_and_the_engine_dies(asked):
     prompts, items = asked
     model = load_simulated(COMMITTED / "gptqmodel-gptq")
@@ -322,6 +324,12 @@ def test_an_artefact_is_served_as_exact_dequantization_and_the_engine_dies(asked
         with pytest.raises(EngineFailed):
             list(stream)
     assert gone(inside)
+
+
+@pytest.mark.skipif(available() is not None or not no_kernel, reason=str(available() or "there is a kernel here"))
+def test_a_processor_without_a_kernel_for_4_bits():
+    with pytest.raises(EngineRefused, match="dies at its first token: .*cpu_gemm_wna16"), serving(COMMITTED / "gptqmodel-gptq"):
+        pass
 
 
 @engine

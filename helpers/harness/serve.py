@@ -29,6 +29,7 @@ ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "
        "VLLM_CPU_INT4_W4A8": "0"}  # else processors with AMX round the activations to 8 bits as well, and say nothing
 REFUSAL = re.compile(r"(?:Value error, |ValueError: |NotImplementedError: )(.*(?:upport|quantiz|kernel).*?)(?: \[type=|$)",
                      re.MULTILINE)
+DEATH = re.compile(r"Worker failed with error '(.*)', please check")
 
 
 class EngineMissing(RuntimeError):
@@ -120,8 +121,9 @@ def serving(folder: Path, tokenizer: Path | None = None, dtype: str = "float16",
     `context` in tokens; `kv_bytes` for the KV cache; at most `queue` requests wait, the next are refused (None: no limit);
     `timeout` seconds to get ready. The committed artefacts are served with the bundled model's tokenizer, which they lack.
     Prompts are not remembered between requests: the same prompt costs the same each time. With bfloat16 the kernel for 4 bits
-    kills the engine at the first request on processors with AMX (vllm-cpu 0.32.0). Raises EngineMissing,
-    EngineRefused with the engine's reason, EngineFailed with the end of its log, ValueError for a folder without a tokenizer.
+    kills the engine at the first request on processors with AMX (vllm-cpu 0.32.0), and there is none without AVX-512.
+    Raises EngineMissing, EngineRefused with the engine's reason (a model that loads but kills it at its first token too),
+    EngineFailed with the end of its log, ValueError for a folder without a tokenizer.
     """
     if missing := available():
         raise EngineMissing(missing)
@@ -145,7 +147,18 @@ def serving(folder: Path, tokenizer: Path | None = None, dtype: str = "float16",
     started, server = time.monotonic(), Server(f"http://127.0.0.1:{port}", log=Path(log))
     with group([str(c) for c in command], env, Path(log)) as leader:
         _until_ready(leader, server, timeout)
-        yield Server(server.url, server.model, server.log, time.monotonic() - started)
+        ready = time.monotonic() - started
+        _first_token(server)
+        yield Server(server.url, server.model, server.log, ready)
+
+
+def _first_token(server: Server) -> None:
+    """An engine may look for its kernels only when it computes, and die of not finding them."""
+    if _answer(server, [0], 1, 120).error:
+        log = server.log.read_text(errors="replace")
+        if reasons := DEATH.findall(log):
+            raise EngineRefused(f"the engine loads this model and dies at its first token: {reasons[-1]}")
+        raise EngineFailed(f"the engine gives no first token; {end_of(log)}")
 
 
 def _until_ready(leader: subprocess.Popen, server: Server, timeout: float) -> None:
