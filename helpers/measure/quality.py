@@ -4,6 +4,7 @@ Everything is kept per text, under the text's id, so that any two models are com
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from helpers.measure.stats import Interval, ratio_interval
 from helpers.measure.tasks import Item
 
 PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
-REMEMBERED = 1 << 29  # log-probabilities of the reference that are kept for the next model: 2 GB
+# Log-probabilities of the reference that are kept for the next model: an eighth of the memory
+REMEMBERED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ class Scores:
         """The inverse of `arrays`."""
         parts = [Sums(*(arrays[f"{part}_{name}"] for name in ("nll", "kl", "agree", "tokens"))) for part in ("all", "answer")]
         return cls(arrays["id"], arrays["task"], *parts, arrays["exact"])
+
+
+def right_answers(ids: Sequence[str], exact: Sequence[bool], loss: Sequence[float]) -> dict[str, bool]:
+    """{question: whether it was answered right}: word for word, or, where it has choices (tasks.encode_choices), with the right
+    answer likelier than each of them; `loss` of the answers in nats/token."""
+    told: dict[str, dict[str, float]] = {}
+    for i, nll in zip(ids, loss, strict=True):
+        told.setdefault(i.split(" or ")[0], {})[i] = nll
+    alone = dict(zip(ids, exact, strict=True))
+    return {q: bool(alone[q]) if len(of) == 1 else min(of, key=of.__getitem__) == q for q, of in told.items()}
 
 
 def batched(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
@@ -159,10 +171,10 @@ class Judge:
     def _reference(self, n: int, ids: Tensor) -> Iterator[Tensor] | None:
         if self.reference is None:
             return None
-        size = sum(len(b) * max(len(self.items[i].ids) for i in b) for b in self.batches) * vocabulary(self.reference)
-        if size > REMEMBERED:
-            return log_probabilities(self.reference, ids)
         if n not in self.remembered:
+            held = sum(t.numel() for of in self.remembered.values() for t in of)
+            if held + ids.numel() * vocabulary(self.reference) > REMEMBERED:
+                return log_probabilities(self.reference, ids)
             self.remembered[n] = list(log_probabilities(self.reference, ids))
         return iter(self.remembered[n])
 

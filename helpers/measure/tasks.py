@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,12 @@ TASKS = {
     "recall_far": Task("recall, far"), "json": Task("JSON", structured=True), "tool": Task("tool call", structured=True),
     "condense": Task("condense", structured=True),
 }
+# of the splits english_tune and english_judge, which a real model can half do
+ENGLISH = {
+    "en_recall": Task("recall, 5 pairs"), "en_records": Task("records", structured=True), "en_last": Task("last word"),
+    "en_agreement": Task("agreement"), "en_next_novel": Task("next sentence, novel"),
+    "en_next_speeches": Task("next sentence, speeches"),
+}
 
 
 def title(task: str) -> str:
@@ -43,15 +49,19 @@ def identify(task: str, *parts: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """One request with the answer that is right; `schema`, a JSON schema that the answer has to hold."""
+    """One request with the answer that is right; `schema`, a JSON schema that the answer has to hold. A `plain` one is text
+    that the answer continues, without a chat template; `choices` are answers that are wrong."""
 
     task: str
     prompt: str
     answer: str
     id: str = field(default="")
     schema: dict | None = field(default=None, hash=False)
+    plain: bool = False
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", tuple(self.choices))
         if not self.id:
             object.__setattr__(self, "id", identify(self.task, self.prompt, self.answer))
 
@@ -83,10 +93,13 @@ def applicable(tokenizer, tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
 
 
 def render(tokenizer, example: Example, shots: Sequence[Example] = ()) -> tuple[str, str]:
-    """(prompt, prompt with answer) in the model's chat template, or as plain text if it has none.
+    """(prompt, prompt with answer) in the model's chat template, or as plain text if it has none or the example wants that.
 
     `shots` are worked examples put before the request, for models that do not know the answer's form.
     """
+    if example.plain:
+        start = tokenizer.bos_token or ""
+        return f"{start}{example.prompt}", f"{start}{example.prompt} {example.answer}"
     turns = [m for shot in shots for m in ({"role": "user", "content": shot.prompt},
                                            {"role": "assistant", "content": shot.answer})]
     turns.append({"role": "user", "content": example.prompt})
@@ -109,6 +122,12 @@ def encode(tokenizer, example: Example, shots: Sequence[Example] = ()) -> Item:
     if len(whole) > (context := context_of(tokenizer)):
         raise BadData(f"{example.id} has {len(whole)} tokens, the context {context}")
     return Item(tuple(whole), start, example.task, example.id)
+
+
+def encode_choices(tokenizer, example: Example) -> list[Item]:
+    """The right answer of an example under its id, and each of its choices under `id or n`; see quality.chosen."""
+    return [replace(encode(tokenizer, replace(example, answer=answer)), id=f"{example.id} or {n}" if n else example.id)
+            for n, answer in enumerate((example.answer, *example.choices))]
 
 
 def encode_all(tokenizer, asked: Sequence[Example], config=None) -> list[Item]:

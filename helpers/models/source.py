@@ -1,7 +1,6 @@
-"""A model by one name ("bundled", a local folder, or a hub id with a revision), whole in memory or read block by block."""
+"""A model by one name ("bundled", "small", a local folder, or a hub id with a revision), whole or read block by block."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +9,16 @@ from typing import NamedTuple
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers.models.fetch import ModelUnavailable, from_hub, small
 from helpers.models.layers import blocks_of
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 BUNDLED = DATA / "model"
-
-
-class ModelUnavailable(OSError):
-    """A model that is not there, cannot be fetched, or cannot be read."""
+NAMED = {"bundled": lambda: BUNDLED, "small": small}
 
 
 class Loaded(NamedTuple):
@@ -34,31 +30,17 @@ class Loaded(NamedTuple):
 
 def resolve(name: str, revision: str | None = None) -> Path:
     """The folder that a name stands for, fetched from the hub if it is an id; raises ModelUnavailable."""
-    if name == "bundled":
-        return BUNDLED
+    if name in NAMED:
+        return NAMED[name]()
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _fetch(name, revision)
+        folder = from_hub(name, revision)
     for needed in ("config.json", "tokenizer_config.json"):
         if not (folder / needed).is_file():
             raise ModelUnavailable(f"{folder} has no {needed}: expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
         raise ModelUnavailable(f"{folder} has no *.safetensors: other weight files can run code and are not loaded")
     return folder
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    """The local copy of a hub model: configuration, tokenizer and safetensors alone."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        raise ModelUnavailable(f"model {name!r} is neither 'bundled', nor a folder that exists, nor a hub id owner/name")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja",
-                                                                              "merges.txt"]))
-    except Exception as error:  # hub, http and file errors of many kinds; all mean the same to the reader
-        at = f" --revision {revision}" if revision else ""
-        raise ModelUnavailable(
-            f"hub model {name!r} could not be fetched ({type(error).__name__}). Without a network use the name 'bundled', "
-            f"or run `hf download {name}{at}` ahead where there is one") from error
 
 
 def load(name: str = "bundled", revision: str | None = None, dtype: torch.dtype | str = "float32",
