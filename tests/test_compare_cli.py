@@ -86,7 +86,7 @@ def test_a_plan_is_a_method(own, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--model", "/no/such/model"], "model '/no/such/model' is neither 'bundled', nor a folder"),
+    (["--model", "/no/such/model"], "model '/no/such/model' is neither 'bundled' nor 'small', nor a folder"),
     (["--model", "FOLDER/config.json"], "FOLDER/config.json is no model's config.json"),
     (["--gates", "FOLDER/bad.yml"], "bad.yml: kl: 'small': expected a limit such as"),
     (["--gates", "FOLDER/none.yml"], "none.yml cannot be read"),

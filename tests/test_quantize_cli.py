@@ -36,7 +36,7 @@ def test_a_model_becomes_an_artefact(tmp_path, options, form, capsys):
     (["bundled", "OUT", "--bits", "9"], "bits: expected 2 to 8, got 9"),
     (["bundled", "OUT"], "--text: gptq looks at what the model reads"),
     (["bundled", "OUT", "--text", "/no/such/file"], "/no/such/file cannot be read"),
-    (["/no/such/model", "OUT", "--method", "nf4"], "neither 'bundled', nor a folder"),
+    (["/no/such/model", "OUT", "--method", "nf4"], "neither 'bundled' nor 'small', nor a folder"),
     (["bundled", str(BUNDLED), "--method", "nf4"], "choose another folder"),
     (["bundled", "OUT", "--method", "nf4", "--keep", "q_porj"], "'q_porj' matches no linear"),
     (["bundled", "OUT", "--method", "nf4", "--format", "awq"], "nf4, fp16.* does not fit the awq format|nf4 does not fit"),

@@ -55,7 +55,7 @@ def small(own):
     (["--budget", "nan"], "got nan"), (["--bits", "9"], "bits: expected 2 to 8, got 9"),
     (["--groups", "0"], "group_size: expected a positive number"), (["--limit", "0"], "limit: expected at least 1 question"),
     (["--groups", "77"], "budget: expected 16 to 16 bits a weight"),
-    (["--model", "/no/such/model"], "neither 'bundled', nor a folder"),
+    (["--model", "/no/such/model"], "neither 'bundled' nor 'small', nor a folder"),
     (["--model", "FOLDER/config.json"], "config.json: the answers of random weights say nothing; give a model"),
     (["--prompts", "FOLDER/none.jsonl"], "none.jsonl"),
     (["--prompts", "FOLDER/few.jsonl"], "few.jsonl: of 4 questions 0 are left to choose"),
