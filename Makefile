@@ -20,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test compare refresh model sets english datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -105,7 +105,10 @@ datasheet: $(ENV)
 # What each knob does to the answers (35 minutes on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
-	$(BIN)/python -m benchmarks.sweeps
+	$(BIN)/python -m benchmarks.sweeps --only best gptq awq nf4
+# The same on a real model, SmolLM2-135M, fetched on first use (93 MB): minutes with DEVICE=cuda, days on two cores
+small: $(ENV)
+	$(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
 # Every layer alone, plans made of that, and what they are worth (over an hour on one core; goes on where it was stopped)

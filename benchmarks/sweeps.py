@@ -1,46 +1,106 @@
-"""What each knob of the methods does to the bundled model's answers: `make sweeps`, some 35 minutes on one core.
+"""What each knob of the methods does to a model's answers: `make sweeps`, the bundled model, some 35 minutes on one core;
+`make small`, a real one, minutes on a large GPU and days on two cores.
 
-Lists of variants. Each is scored on the same questions of the judging set, into a cell (helpers/store.py): a sweep that was
+Lists of variants. Each is scored on the same texts of the judging set, into a cell (helpers/store.py): a sweep that was
 stopped goes on where it was. Those that are calibrated are quantized several times, each time on windows drawn anew from the
 set: a last bit that differs tips roundings, and what follows from them moves the result. In data/results: the values of every
-question (sweep_NAME.npz), and a record derived from them (sweep_NAME.json), with intervals over questions and draws.
+text (sweep_NAME.npz), and a record derived from them (sweep_NAME.json), with intervals over texts and draws.
 """
 
 import argparse
+import math
 import random
+import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.files import folder_hash
+from helpers.files import folder_hash, key_hash
 from helpers.harness.compare import Quality
 from helpers.harness.variants import Original, Simulation, ToolkitArtefact, Variant, loaded
+from helpers.measure.quality import right_answers
 from helpers.measure.stats import ratio_interval
-from helpers.measure.tasks import encode, examples
+from helpers.measure.tasks import ENGLISH, Item, encode, encode_choices, encode_text, examples, text
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
 from helpers.methods.rtn import Rtn
+from helpers.models.fetch import origin
 from helpers.models.method import Gram, Method, Notes, Plan
 from helpers.models.outliers import add_outliers
-from helpers.models.source import BUNDLED
 from helpers.models.texts import calibration, random_tokens, windows
 from helpers.results import RESULTS, Record, save
 from helpers.store import Cell, Store, bundle, unbundle
 from helpers.toolkits.artefacts import CALIBRATION
 
-LIMIT = 60  # questions a task; all of them for "best"
-DRAWS = 4
 WINDOWS = 32  # of 256 tokens, unless their number is what is swept
 SHARED, KEPT = ("id", "task", "answer_tokens"), ("answer_nll", "answer_kl", "exact")
 Draws = list[Variant]  # one for each draw
-QUIET, LOUD = Original(), Original(change=add_outliers, name="with outlier channels")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to sweep on, its usual group size, how many draws, and the calibration sets (the first is the usual one)."""
+
+    name: str
+    group: int
+    groups: tuple[int, ...]
+    draws: int
+    sets: tuple[str, ...]
+
+    @cached_property
+    def base(self) -> Original:
+        return Original(self.name)
+
+    @cached_property
+    def loud(self) -> Original:
+        return Original(self.name, change=add_outliers, name="with outlier channels")
+
+    @property
+    def tokenizer(self):
+        return loaded(self.name, None, "float32", "cpu").tokenizer
+
+    def tokens(self, name: str | None = None, length: int = 256, count: int = 128) -> list[tuple[int, ...]]:
+        """Calibration windows of a set, or of uniformly random tokens as a control."""
+        if name == "random":
+            return random_tokens(self.tokenizer, length, count)
+        return windows(calibration(self.tokenizer, name or self.sets[0]), length, count)
+
+    def texts(self) -> dict[str, list[tuple[int, ...]]]:
+        """Each calibration set, and random tokens, in windows of 128, which even the short texts fill."""
+        return {name: self.tokens(name, 128) for name in (*self.sets, "random")}
+
+    def drawn(self, plan: Plan | Method, pool: Sequence = (), count: int = WINDOWS, base: Original | None = None,
+              **also) -> Draws:
+        """Simulations by a plan on `count` windows drawn from the pool, several times; without a pool one."""
+        return [Simulation(f"{plan} {draw}", plan, random.Random(draw).sample(pool, min(count, len(pool))), base or self.base,
+                           **also) for draw in range(self.draws if pool else 1)]
+
+    def items(self, sweep: str) -> list[Item]:
+        """What the variants are judged by: 60 questions a task of the bundled model's world (all of them for "best" and
+        "recipes"); for a real model English passages of two voices, and questions."""
+        if self.name == "bundled":
+            return [encode(self.tokenizer, e) for e in examples("judge", limit=None if sweep in ("best", "recipes") else 60)]
+        return [i for voice in VOICES for i in encode_text(self.tokenizer, text(voice), 512, voice)] + [
+            i for e in examples("english_judge", limit=50) for i in encode_choices(self.tokenizer, e)]
+
+
+VOICES = ("novel", "speeches")
+SUBJECTS = {s.name: s for s in (
+    Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
+    # 64, since its width, 576, is no multiple of 128
+    Subject("small", 64, (64, 32, -1), 4, (*VOICES, "instructions", "own")))}
 
 
 class Panel(NamedTuple):
@@ -51,85 +111,87 @@ class Panel(NamedTuple):
     draws: Draws
 
 
-def tokens(name: str, length: int = 256, count: int = 128) -> list[tuple[int, ...]]:
-    """Calibration windows of a set, or of uniformly random tokens as a control."""
-    tokenizer = loaded("bundled", None, "float32", "cpu").tokenizer
-    return random_tokens(tokenizer, length, count) if name == "random" else windows(calibration(tokenizer, name), length, count)
-
-
-def drawn(plan: Plan | Method, pool: Sequence = (), count: int = WINDOWS, base: Original = QUIET, **also) -> Draws:
-    """Simulations by a plan on `count` windows drawn from the pool, several times; without a pool one."""
-    return [Simulation(f"{plan} {draw}", plan, random.Random(draw).sample(pool, min(count, len(pool))), base, **also)
-            for draw in range(DRAWS if pool else 1)]
-
-
-def by_whom(method: Method, *theirs: str) -> Iterator[Panel]:
+def by_whom(s: Subject, method: Method, *theirs: str) -> Iterator[Panel]:
     """Ours beside the toolkits' committed files (one draw each) at 4 bits, all calibrated on the same windows."""
-    pool = tokens(**CALIBRATION)
-    yield Panel("4 bits, by whom", "ours", drawn(method, pool, len(pool)))
-    for name in theirs:
-        yield Panel("4 bits, by whom", name.split("-")[0], [ToolkitArtefact(name, exact=True)])
+    if s.name == "bundled":  # of which alone there are such files
+        pool = s.tokens(**CALIBRATION)
+        yield Panel("4 bits, by whom", "ours", s.drawn(method, pool, len(pool)))
+        for name in theirs:
+            yield Panel("4 bits, by whom", name.split("-")[0], [ToolkitArtefact(name, exact=True)])
 
 
-def nf4_panels() -> Iterator[Panel]:
+def nf4_panels(s: Subject) -> Iterator[Panel]:
     """Blocks, double quantization, the grid against uniform ones, what else is quantized."""
     for block in (64, 32, 128, 256, 1024):
-        yield Panel("block size", str(block), drawn(Nf4(block, double=False)))
-    yield Panel("grid at blocks of 64", "NF4", drawn(Nf4(64, double=False)))
-    yield Panel("grid at blocks of 64", "INT4, symmetric", drawn(Rtn(4, 64)))
-    yield Panel("grid at blocks of 64", "INT4, asymmetric", drawn(Rtn(4, 64, sym=False)))
-    yield Panel("double quantization", "off", drawn(Nf4(64, double=False)))
-    yield Panel("double quantization", "on", drawn(Nf4()))
-    yield Panel("output head", "16 bits", drawn(Nf4()))
-    yield Panel("output head", "NF4", drawn(Nf4(), head=Nf4()))
-    yield Panel("compute dtype", "float32", drawn(Nf4()))
+        yield Panel("block size", str(block), s.drawn(Nf4(block, double=False)))
+    yield Panel("grid at blocks of 64", "NF4", s.drawn(Nf4(64, double=False)))
+    yield Panel("grid at blocks of 64", "INT4, symmetric", s.drawn(Rtn(4, 64)))
+    yield Panel("grid at blocks of 64", "INT4, asymmetric", s.drawn(Rtn(4, 64, sym=False)))
+    yield Panel("double quantization", "off", s.drawn(Nf4(64, double=False)))
+    yield Panel("double quantization", "on", s.drawn(Nf4()))
+    yield Panel("output head", "16 bits", s.drawn(Nf4()))
+    yield Panel("output head", "NF4", s.drawn(Nf4(), head=Nf4()))
+    yield Panel("compute dtype", "float32", s.drawn(Nf4()))
     for dtype in ("float16", "bfloat16"):
-        yield Panel("compute dtype", dtype, drawn(Nf4(), dtype=dtype))
+        yield Panel("compute dtype", dtype, s.drawn(Nf4(), dtype=dtype))
 
 
-def calibration_texts() -> dict[str, list[tuple[int, ...]]]:
-    """Each calibration set, and random tokens, in windows of 128, which even the short texts fill."""
-    return {name: tokens(name, 128) for name in ("instructions", "recipes", "long", "short", "random")}
-
-
-def gptq_panels() -> Iterator[Panel]:
+def gptq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, where there is something to lose, except where bits are swept."""
-    plain, pool = Gptq(3, sym=False), tokens("instructions")
+    plain, pool = Gptq(3, s.group, sym=False), s.tokens()
     for bits in (2, 3, 4, 8):
-        yield Panel("bits", f"rounding, {bits}", drawn(Rtn(bits, sym=False)))
-        yield Panel("bits", f"GPTQ, {bits}", drawn(replace(plain, bits=bits), pool))
+        yield Panel("bits", f"rounding, {bits}", s.drawn(Rtn(bits, s.group, sym=False)))
+        yield Panel("bits", f"GPTQ, {bits}", s.drawn(replace(plain, bits=bits), pool))
     for count in (len(pool), 64, 32, 16, 8, 4, 2, 1):
-        yield Panel("calibration windows of 256", str(count), drawn(plain, pool, count))
+        yield Panel("calibration windows of 256", str(count), s.drawn(plain, pool, count))
     for length in (512, 128, 32):
-        pieces = tokens("instructions", length, 1024)
-        yield Panel("calibration length", str(length), drawn(plain, pieces, WINDOWS * 256 // length))
-    for name, texts in calibration_texts().items():
-        yield Panel("calibration text", name, drawn(plain, texts))
-    for group in (128, 64, 32, -1):
-        yield Panel("group size", str(group), drawn(replace(plain, group_size=group), pool))
+        pieces = s.tokens(None, length, 1024)
+        yield Panel("calibration length", str(length), s.drawn(plain, pieces, WINDOWS * 256 // length))
+    for name, texts in s.texts().items():
+        yield Panel("calibration text", name, s.drawn(plain, texts))
+    for group in s.groups:
+        yield Panel("group size", str(group), s.drawn(replace(plain, group_size=group), pool))
     for damp in (0.01, 1e-4, 0.1, 0.5):
-        yield Panel("damping", f"{damp:g}", drawn(replace(plain, damp_percent=damp), pool))
-    yield Panel("order of columns", "as they are", drawn(plain, pool))
-    yield Panel("order of columns", "desc_act", drawn(replace(plain, desc_act=True), pool))
-    yield Panel("scales", "fitted to the range", drawn(plain, pool))
-    yield Panel("scales", "searched", drawn(replace(plain, search=True), pool))
-    yield Panel("scales of groups of 32", "fresh", drawn(replace(plain, group_size=32), pool))
-    yield Panel("scales of groups of 32", "stale, as the toolkits", drawn(AutoGptq(3, 32, sym=False), pool))
-    yield Panel("calibrated on", "quantized predecessors", drawn(plain, pool))
-    yield Panel("calibrated on", "same block unquantized", drawn(Plan(plain, inputs="block"), pool))
-    yield from by_whom(Gptq(), "autogptq-gptq", "gptqmodel-gptq")
+        yield Panel("damping", f"{damp:g}", s.drawn(replace(plain, damp_percent=damp), pool))
+    yield Panel("order of columns", "as they are", s.drawn(plain, pool))
+    yield Panel("order of columns", "desc_act", s.drawn(replace(plain, desc_act=True), pool))
+    yield Panel("scales", "fitted to the range", s.drawn(plain, pool))
+    yield Panel("scales", "searched", s.drawn(replace(plain, search=True), pool))
+    yield Panel("scales of groups of 32", "fresh", s.drawn(replace(plain, group_size=32), pool))
+    yield Panel("scales of groups of 32", "stale, as the toolkits", s.drawn(AutoGptq(3, 32, sym=False), pool))
+    yield Panel("calibrated on", "quantized predecessors", s.drawn(plain, pool))
+    yield Panel("calibrated on", "same block unquantized", s.drawn(Plan(plain, inputs="block"), pool))
+    yield from by_whom(s, Gptq(), "autogptq-gptq", "gptqmodel-gptq")
 
 
-def best_panels() -> Iterator[Panel]:
+def best_panels(s: Subject) -> Iterator[Panel]:
     """What GPTQ and its extras win back of what rounding loses: small differences, so all questions and all windows."""
-    pool = tokens(**CALIBRATION)
+    pool = s.tokens()
     for bits in (3, 4):
         for value, method in {
-                "GPTQ": Gptq(bits, sym=False), "searched scales": Gptq(bits, sym=False, search=True),
-                "searched scales, desc_act, damping 0.1": Gptq(bits, sym=False, search=True, desc_act=True, damp_percent=0.1),
-                "AWQ before, searched scales": AwqGptq(bits, sym=False, search=True)}.items():
-            yield Panel(f"{bits} bits", value, drawn(method, pool, len(pool)))
-        yield Panel(f"{bits} bits", "rounding", drawn(Rtn(bits, sym=False)))
+                "GPTQ": Gptq(bits, s.group, sym=False), "searched scales": Gptq(bits, s.group, sym=False, search=True),
+                "searched scales, desc_act, damping 0.1": Gptq(bits, s.group, sym=False, search=True, desc_act=True,
+                                                               damp_percent=0.1),
+                "AWQ before, searched scales": AwqGptq(bits, s.group, sym=False, search=True)}.items():
+            yield Panel(f"{bits} bits", value, s.drawn(method, pool, len(pool)))
+        yield Panel(f"{bits} bits", "rounding", s.drawn(Rtn(bits, s.group, sym=False)))
+
+
+def recipe_panels(s: Subject) -> Iterator[Panel]:
+    """What a reader may choose between, at equal bits and groups."""
+    pool = s.tokens()
+    for bits in (4, 3):
+        plain, scaled = Gptq(bits, s.group, sym=False), AwqGptq(bits, s.group, sym=False, search=True)
+        recipes: dict[str, Method] = {
+            "GPTQ": plain, "rounding": Rtn(bits, s.group, sym=False), "rounding, symmetric": Rtn(bits, s.group),
+            "GPTQ, symmetric": Gptq(bits, s.group), "GPTQ, damping 0.0001": replace(plain, damp_percent=1e-4),
+            "GPTQ, damping 0.1": replace(plain, damp_percent=0.1), "GPTQ, desc_act": replace(plain, desc_act=True),
+            "GPTQ, searched scales": replace(plain, search=True),
+            "GPTQ, desc_act, searched scales": replace(plain, desc_act=True, search=True), "AWQ": Awq(bits, s.group),
+            "AWQ's scales, then GPTQ": replace(scaled, search=False), "AWQ's scales, then GPTQ, searched scales": scaled,
+            "AWQ's scales, then GPTQ, desc_act, searched scales": replace(scaled, desc_act=True)}
+        for value, method in (recipes | ({"NF4": Nf4()} if bits == 4 else {})).items():
+            yield Panel(f"recipes, {bits} bits", value, s.drawn(method, pool if method.keeps else (), len(pool)))
 
 
 class Mixed(NamedTuple):
@@ -165,52 +227,128 @@ class LargestInputs(Rtn):
         return Mixed(W_hat), {}
 
 
-def awq_panels() -> Iterator[Panel]:
+def awq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
-    pool = tokens("instructions")
-    for name, base in (("model", QUIET), ("with outlier channels", LOUD)):
-        gptq, scaled = (drawn(method, pool, base=base) for method in (Gptq(3, sym=False), AwqGptq(3, sym=False)))
-        yield Panel(name, "rounding", drawn(Rtn(3, sym=False), base=base))
-        kept = Plan(LargestInputs(3, sym=False), inputs="model")
+    pool = s.tokens()
+    for name, base in (("model", s.base), ("with outlier channels", s.loud)):
+        gptq, scaled = (s.drawn(method, pool, base=base)
+                        for method in (Gptq(3, s.group, sym=False), AwqGptq(3, s.group, sym=False)))
+        yield Panel(name, "rounding", s.drawn(Rtn(3, s.group, sym=False), base=base))
+        kept = Plan(LargestInputs(3, s.group, sym=False), inputs="model")
         yield Panel(name, "rounding, 4 channels in 16 bits", [Simulation(str(kept), kept, pool[:WINDOWS], base)])
-        yield Panel(name, "AWQ, scales only", drawn(Awq(3, clip=False), pool, base=base))
-        yield Panel(name, "AWQ, clipping only", drawn(Awq(3, scale=False), pool, base=base))
-        yield Panel(name, "AWQ, scales and clipping", drawn(Awq(3), pool, base=base))
+        yield Panel(name, "AWQ, scales only", s.drawn(Awq(3, s.group, clip=False), pool, base=base))
+        yield Panel(name, "AWQ, clipping only", s.drawn(Awq(3, s.group, scale=False), pool, base=base))
+        yield Panel(name, "AWQ, scales and clipping", s.drawn(Awq(3, s.group), pool, base=base))
         yield Panel(name, "GPTQ", gptq)
         yield Panel(name, "AWQ's scales, then GPTQ", scaled)
         yield Panel(f"{name}, GPTQ", "alone", gptq)
         yield Panel(f"{name}, GPTQ", "after AWQ's scales", scaled)
-    for name, texts in calibration_texts().items():
-        yield Panel("calibration text", name, drawn(Awq(3), texts))
-    for group in (128, 64, 32, -1):
-        yield Panel("group size", str(group), drawn(Awq(3, group), pool))
-    yield from by_whom(Awq(), "autoawq-awq", "gptqmodel-awq")
+    for name, texts in s.texts().items():
+        yield Panel("calibration text", name, s.drawn(Awq(3, s.group), texts))
+    for group in s.groups:
+        yield Panel("group size", str(group), s.drawn(Awq(3, group), pool))
+    yield from by_whom(s, Awq(), "autoawq-awq", "gptqmodel-awq")
 
 
-PANELS = {"nf4": nf4_panels, "gptq": gptq_panels, "awq": awq_panels, "best": best_panels}
+PANELS = {"recipes": recipe_panels, "best": best_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
 
 
-def measure(name: str, store: Store) -> Cell:
-    """Every variant of a sweep, question by question: a row for each value of each knob and draw."""
-    tokenizer = loaded("bundled", None, "float32", "cpu").tokenizer
-    items = [encode(tokenizer, e) for e in examples("judge", limit=None if name == "best" else LIMIT)]
-    quality = Quality(items, QUIET, store)
-    panels = [Panel("16 bits", "16 bits", [QUIET]), *PANELS[name]()]
-    cells = {f"{p.knob}: {p.value}": [quality.cell(v) for v in p.draws] for p in tqdm(panels, desc=name)}
-    return bundle(cells, KEPT, SHARED)
+@dataclass(frozen=True)
+class Sweep:
+    """The panels of one name on one subject."""
+
+    name: str
+    subject: Subject
+    device: str = "cpu"
+
+    @property
+    def record(self) -> str:
+        return f"sweep_{self.name}" if self.subject.name == "bundled" else f"sweep_{self.subject.name}_{self.name}"
+
+    @cached_property
+    def quality(self) -> Quality:
+        return Quality(self.subject.items(self.name), self.subject.base, Store(), self.device)
+
+    def panels(self) -> list[Panel]:
+        return [Panel("16 bits", "16 bits", [self.subject.base]), *PANELS[self.name](self.subject)]
+
+    def measure(self) -> Cell:
+        """Every variant, text by text: a row for each value of each knob and draw."""
+        cells = {f"{p.knob}: {p.value}": [self.quality.cell(v) for v in p.draws] for p in tqdm(self.panels(), desc=self.record)}
+        return bundle(cells, KEPT, SHARED)
+
+    def found(self, folders: Sequence[Path]) -> Cell:
+        """The same of cells that other machines left, which say where they were made; of some variants fewer draws, or none."""
+        there = {what_was_asked(c.key): c for f in folders for c in map(Cell.read, sorted(f.glob("*.npz")))}
+        keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws]
+                for p in self.panels()}
+        cells = {name: [there[k] for k in of if k in there] for name, of in keys.items()}
+        return bundle({name: draws for name, draws in cells.items() if draws}, KEPT, SHARED)
 
 
-def derive(cell: Cell) -> dict[str, Any]:
+def what_was_asked(key: Mapping[str, Any]) -> str:
+    """A cell's key without the circumstances: code, versions (a config says which one of transformers wrote it), machine."""
+    def bare(part: Any) -> Any:
+        return {k: bare(v) for k, v in part.items() if k != "config"} if isinstance(part, Mapping) else part
+
+    return key_hash({k: bare(key.get(k)) for k in ("measure", "items", "batch_tokens", "reference", "variant")})
+
+
+def work(sweeps: Sequence[Sweep], part: int, parts: int, minutes: float) -> None:
+    """Every `parts`-th of the cells that are missing, for several processes at once; one that fails is named, and left."""
+    stop, todo = time.monotonic() + 60 * minutes, {}
+    for sweep in sweeps:
+        for variant in (v for p in sweep.panels() for v in p.draws):
+            todo.setdefault(key_hash([sweep.quality.key, variant.key()]),
+                            (sweep, variant))
+    for sweep, variant in tqdm(list(todo.values())[part::parts], desc=f"part {part}"):
+        if time.monotonic() > stop:
+            return
+        try:
+            sweep.quality.cell(variant)
+        except Exception:
+            print(f"{sweep.record}: {variant.name} failed\n{traceback.format_exc()}", file=sys.stderr)
+
+
+def derive(cell: Cell, draws: int = 4) -> dict[str, Any]:
     """{sweep: {value: measures with intervals}} from what `measure` found."""
     results = {name: arrays | {"tokens": arrays["answer_tokens"]} for name, arrays in unbundle(cell).items()}
     full = results.pop("16 bits: 16 bits")
+    return {"questions": len(full["id"]), "draws": draws, "exact_16_bits": float(full["exact"].mean()),
+            "sweeps": panels_of(results, full)}
+
+
+def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
+    """The same on each voice and on the questions: {domain: {texts, tokens, sweeps}}, with the share of right answers."""
+    results, told = unbundle(cell), {}
+    for domain in (*VOICES, "questions"):
+        full = results["16 bits: 16 bits"]
+        right = np.array([" or " not in i for i in full["id"]])  # of choices the right one
+        at = right & (full["task"] == domain if domain in VOICES else ~np.isin(full["task"], VOICES))
+        of = {name: {k: v[..., at] for k, v in arrays.items()} | {"tokens": arrays["answer_tokens"][at]}
+              for name, arrays in results.items()}
+        told[domain] = {"texts": int(at.sum()), "tokens": int(full["answer_tokens"][at].sum()),
+                        "sweeps": panels_of({n: a for n, a in of.items() if n != "16 bits: 16 bits"}, of["16 bits: 16 bits"])}
+    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()}}
+
+
+def answered(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The share of each task's questions that were answered right, over the draws."""
+    told = {}
+    for task in ENGLISH:
+        at = arrays["task"] == task
+        draws = [right_answers(arrays["id"][at], exact[at], (nll / arrays["answer_tokens"])[at]).values()
+                 for exact, nll in zip(arrays["exact"], arrays["answer_nll"], strict=True)]
+        told[task] = float(np.mean([list(d) for d in draws]))
+    return told
+
+
+def panels_of(results: Mapping[str, dict], full: dict) -> dict[str, dict[str, dict]]:
     panels: dict[str, dict[str, dict]] = {}
     for name, arrays in results.items():
         knob, value = name.split(": ", 1)
         panels.setdefault(knob, {})[value] = arrays
-    return {"questions": len(full["id"]), "draws": DRAWS, "exact_16_bits": float(full["exact"].mean()),
-            "sweeps": {knob: {value: row(arrays, panel, full) for value, arrays in panel.items()}
-                       for knob, panel in panels.items()}}
+    return {knob: {value: row(arrays, panel, full) for value, arrays in panel.items()} for knob, panel in panels.items()}
 
 
 def row(it: dict, panel: Mapping[str, dict], full: dict) -> dict[str, Any]:
@@ -234,16 +372,34 @@ def against(it: dict, other: dict, what: str):
     return ratio_interval(a - (b if len(a) == len(b) else b.mean(0) if len(a) > len(b) else b), it["tokens"])
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PANELS)
+    parser.add_argument("--model", choices=SUBJECTS, default="bundled")
+    parser.add_argument("--only", choices=PANELS, nargs="+", default=list(PANELS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--part", help="K/N: only each N-th cell, from the K-th on; nothing is written but cells")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="with --part: begin no cell after so many")
+    parser.add_argument("--found", type=Path, nargs="+", help="measure nothing: folders of cells, of any machines")
     parser.add_argument("--derive", action="store_true", help="the records from the committed values, nothing measured")
     args = parser.parse_args()
     torch.manual_seed(0)
-    for name in [args.only] if args.only else PANELS:
-        path = RESULTS / f"sweep_{name}.npz"
+    subject = SUBJECTS[args.model]
+    sweeps = [Sweep(name, subject, args.device) for name in args.only]
+    if args.part:
+        return work(sweeps, *map(int, args.part.split("/")), args.minutes)
+    for sweep in sweeps:
+        path = RESULTS / f"{sweep.record}.npz"
         if not args.derive:
-            measure(name, Store()).save(path)
+            (sweep.found(args.found) if args.found else sweep.measure()).save(path)
         cell = Cell.read(path)
-        print(save(Record(f"sweep_{name}", derive(cell), command="make sweeps", seed=0, model_sha256=folder_hash(BUNDLED),
+        told = derive(cell, subject.draws) if subject.name == "bundled" else by_domain(cell, subject.draws) | {
+            "model": origin(subject.base.folder)}
+        device = cell.key["keys"][0].get("device", "cpu")
+        command = "make sweeps" if (subject.name, device) == ("bundled", "cpu") else (
+            f"python -m benchmarks.sweeps --model {subject.name} --only {sweep.name} --device {device}")
+        print(save(Record(sweep.record, told, command=command, seed=0, model_sha256=folder_hash(subject.base.folder),
                           machine=cell.made["machine"], versions=cell.made["versions"], date=cell.made["date"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.patches import FancyBboxPatch
 
 from helpers.measure.stats import share_interval
@@ -201,3 +202,17 @@ def power(ax, curves: Mapping[str, list[dict]]) -> None:
     ax.plot([0, 100], [0, 100], color="0.5", linewidth=0.8)
     ax.set(xlabel="promised (%)", ylabel="found (%)", xlim=(0, 102), ylim=(0, 102))
     ax.legend(fontsize=8)
+
+
+def won_back(panels: Mapping[str, Mapping[str, dict]]) -> None:
+    """{whose text: {variant: measures}}: the share of rounding's KL that each variant wins back, with its interval."""
+    names = [n for n in next(iter(panels.values())) if n != "rounding" and all(n in p for p in panels.values())]
+    figure, ax = plt.subplots(figsize=(5.4, 0.42 * len(names) + 1.2))
+    for k, (whose, panel) in enumerate(panels.items()):
+        estimate, low, high = np.array([panel[n]["kl_won_back"] for n in names]).T
+        ax.errorbar(100 * estimate, np.arange(len(names)) + 0.18 * (k - (len(panels) - 1) / 2), capsize=2, label=whose,
+                    xerr=100 * np.array([estimate - low, high - estimate]), fmt="osD^"[k], color=f"C{k}", markersize=4)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel="% of rounding's KL that is won back")
+    ax.set_yticklabels(names, fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)

@@ -1,7 +1,9 @@
 """What the chapters say about the bundled model's numbers, held against the records they plot."""
 
+import numpy as np
 import pytest
 
+from helpers.harness import carry
 from helpers.harness.compare import Quality
 from helpers.harness.ranking import rank
 from helpers.harness.variants import ToolkitArtefact
@@ -137,3 +139,45 @@ def test_served_four_bits_win_no_latency():
             assert all(run["e2el_ms"]["p50"] > runs[full][rate]["e2el_ms"]["p50"] for full in ("16 bits", "16 bits, bf16"))
     answers = read("served").data["answers"]
     assert len(answers) == 7 and all(a["same"] == a["questions"] == 60 for a in answers.values())
+
+
+REAL = ("novel", "speeches", "questions")
+
+
+def test_recipes_on_a_real_model():
+    table, both = carry.verdicts("recipes").loc["recipes, 4 bits"], carry.panels("recipes")
+    told = {whose: both[whose]["recipes, 4 bits"] for whose in ("bundled", *REAL)}
+    for value, least in (("GPTQ, desc_act", 0.35), ("GPTQ, searched scales", 0.15), ("GPTQ, desc_act, searched scales", 0.44)):
+        assert table.loc[value, "bundled"] == "no difference" and set(table.loc[value, list(REAL)]) == {"lower"}
+        less = [1 - kl(told[whose][value]) / kl(told[whose]["GPTQ"]) for whose in REAL]
+        assert least < min(less) and max(less) < least + 0.1
+    assert set(table.loc["GPTQ, symmetric"]) == {"higher"}
+    assert "lower" not in table.loc[["GPTQ, damping 0.1", "GPTQ, damping 0.0001"]].to_numpy()
+    opposite = (table["bundled"] == "higher") & (table[list(REAL)] == "lower").all(axis=1)
+    assert opposite[opposite].index.tolist() == ["AWQ"] and carry.agreement(table)["opposite"].eq(1).all()
+    shares = {w: kl(told[w]["AWQ"]) / kl(told[w]["GPTQ"]) for w in told}
+    assert shares.pop("bundled") == pytest.approx(2, abs=0.1)
+    assert min(shares.values()) > 0.59 and max(shares.values()) < 0.71
+    assert all(of["GPTQ, desc_act, searched scales"]["kl"][2] < of["AWQ"]["kl"][1] for of in told.values())
+    scaled, recipe = "AWQ's scales, then GPTQ, searched scales", "AWQ's scales, then GPTQ, desc_act, searched scales"
+    assert table.loc[scaled, "bundled"] == "no difference"
+    assert all(kl(told[w][scaled]) < 0.5 * kl(told[w]["GPTQ"]) for w in REAL)
+    most = [told[w][recipe]["won_back"] for w in ("novel", "speeches")]
+    assert [x for w in most for x in w] == pytest.approx([0.72, 0.70, 0.75, 0.61, 0.57, 0.64], abs=0.005)
+    assert all(max(told[w], key=lambda v, w=w: told[w][v]["won_back"][0]) == recipe for w in ("novel", "speeches"))
+    plain, best = ([told[w][v]["won_back"] for w in ("novel", "speeches")] for v in ("GPTQ", "GPTQ, desc_act, searched scales"))
+    assert plain[0] == pytest.approx([0.10, 0.04, 0.17], abs=0.005) and plain[1][1] < 0 < plain[1][2]
+    assert [x for w in best for x in w] == pytest.approx([0.64, 0.61, 0.68, 0.52, 0.49, 0.56], abs=0.005)
+    assert told["bundled"]["GPTQ"]["won_back"][0] == pytest.approx(0.72, abs=0.005)
+    symmetric = {w: told[w]["GPTQ, symmetric"]["won_back"] for w in REAL}
+    assert symmetric["novel"][1] < 0 < symmetric["novel"][2] and symmetric["speeches"][2] < 0
+
+
+def test_calibration_on_a_real_model():
+    table, found = carry.verdicts("gptq").loc["calibration windows of 256"], values("sweep_small_gptq")
+    assert table.loc["16", "bundled"] == "no difference" and set(table.loc["16", list(REAL)]) == {"higher"}
+    for windows in "12":
+        one, rounding = (found[v] for v in (f"calibration windows of 256: {windows}", "bits: rounding, 3"))
+        texts = np.isin(one["task"], ["novel", "speeches"])
+        worse = [{k: v[..., texts] for k, v in arrays.items()} for arrays in (one, rounding)]
+        assert paired(*worse, "answer_kl").low > 0

@@ -82,6 +82,7 @@ class Original:
     name: str = "16 bits"
 
     plan: ClassVar[Plan] = Plan(Keep())
+    weights = cached_property(lambda self: folder_hash(self.folder))  # once: the key of every cell has it
 
     @property
     def folder(self) -> Path:
@@ -92,7 +93,7 @@ class Original:
         return AutoConfig.from_pretrained(self.folder)
 
     def key(self) -> dict[str, Any]:
-        return {"weights": folder_hash(self.folder), "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
+        return {"weights": self.weights, "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
                 "change": self.change and key_hash(getsource(self.change))}
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
@@ -235,8 +236,7 @@ class Simulation:
                 "head": self.head and self.head.key(), "dtype": self.dtype} | ({"code": key_hash(outside)} if outside else {})
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
-        model = self.base.load(device)
-        model = quantized(model, self.plan, self.tokens)
+        model = quantized(self.base.load(device), self.plan, self.tokens)
         if self.head is not None:
             head = model.get_output_embeddings()  # a weight of its own, where the embedding is the same one
             W_hat = self.head.solve(head.weight.detach(), None)[0].stored().dequantize()

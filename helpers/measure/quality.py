@@ -17,8 +17,8 @@ from helpers.measure.stats import Interval, ratio_interval
 from helpers.measure.tasks import Item
 
 PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
-# Log-probabilities of the reference that are kept for the next model: an eighth of the memory
-REMEMBERED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
+# Log-probabilities of the reference that are kept for the next model: a sixteenth of the memory
+REMEMBERED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 64
 
 
 @dataclass(frozen=True)
