@@ -329,7 +329,9 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
               for name, arrays in results.items()}
         told[domain] = {"texts": int(at.sum()), "tokens": int(full["answer_tokens"][at].sum()),
                         "sweeps": panels_of({n: a for n, a in of.items() if n != "16 bits: 16 bits"}, of["16 bits: 16 bits"])}
-    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()}}
+    machines = [gpu or cpu for cpu, _, _, gpu in (k["machine"] for k in cell.key["keys"])]
+    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()},
+            "machines": {name: sorted({machines[r] for r in rows}) for name, rows in cell.key["rows"].items()}}
 
 
 def answered(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
