@@ -202,7 +202,10 @@ def _gates(asked: Mapping) -> Iterator[Gate]:
     if served := asked.get("served"):
         yield from _percentiles(served, served["rate"])
         yield from _limits("served errors", errors(served["rate"]), served.get("errors", []), served["rate"])
+        yield from _limits("served tokens/s", lambda v, _: exactly(v.tokens_per_second_at(served["rate"])),
+                           served.get("tokens_per_second", []), served["rate"])
     yield from _limits("memory_bytes", lambda v, _: exactly(v.bytes), asked.get("memory_bytes", []))
+    yield from _limits("memory_share", lambda v, full: exactly(v.bytes / full.bytes), asked.get("memory_share", []))
     yield from _limits("peak_bytes", lambda v, _: exactly(v.peak()), asked.get("peak_bytes", []))
     if where := asked.get("fits"):
         gpu, context, batch = where["gpu_gb"], where["context"], where.get("batch", 1)

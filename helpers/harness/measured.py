@@ -101,6 +101,10 @@ class Measured:
         failed = sum(load.errors.values())
         return failed, failed + len(load.e2el_ms)
 
+    def tokens_per_second_at(self, rate: float) -> float:
+        """All requests that succeeded together. Raises NotMeasured."""
+        return self._at(rate).tokens_per_second
+
     def _at(self, rate: float) -> Any:
         if rate not in self.served:
             raise NotMeasured(self.failed.get("served", f"nothing was served at {rate:g} requests a second"))

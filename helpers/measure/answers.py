@@ -121,9 +121,12 @@ def loops(tokens: Sequence[int], times: int = 4, least: int = 12) -> bool:
 
 def form(answers: Sequence[Said], asked: Sequence[Example]) -> dict[str, np.ndarray]:
     """The form of answers, one value a question: text, `right`, `ends` by itself, `no_loops`, and for those that are to be
-    JSON `json_parses` and `schema` holds (true for the others, which `structured` tells apart)."""
+    JSON `json_parses` and `schema` holds (true for the others, which `structured` tells apart). Of plain text, which goes on,
+    the answer is the first line."""
     rows = []
     for s, e in zip(answers, asked, strict=True):
+        if e.plain and "\n" in s.text:
+            s = replace(s, text=s.text.split("\n")[0].strip(), ended=True)
         whole = parses(s.text)
         holds = whole and jsonschema.Draft202012Validator(schema_of(e)).is_valid(json.loads(s.text)) if structured(e) else True
         rows.append((e.id, e.task, s.text, structured(e), is_correct(e, s.text), s.ended, not loops(s.tokens),
@@ -135,6 +138,6 @@ def form(answers: Sequence[Said], asked: Sequence[Example]) -> dict[str, np.ndar
 def answered(model: nn.Module, tokenizer, asked: Sequence[Example]) -> list[Example]:
     """The questions, those without an answer with the model's own: being right then means to say what it said."""
     open_ones = [e for e in asked if not e.answer]
-    answers = said(model, tokenizer, [prompt_ids(tokenizer, e) for e in open_ones], progress=True)
+    answers = said(model, tokenizer, [prompt_ids(tokenizer, e) for e in open_ones], progress=bool(open_ones))
     own = {e.id: s.text for e, s in zip(open_ones, answers, strict=True)}
     return [replace(e, answer=own.get(e.id, e.answer)) for e in asked]

@@ -37,6 +37,10 @@ ENGLISH = {
 }
 
 
+FIELDS = {"answer": str, "task": str, "id": str, "schema": dict, "plain": bool}  # that a question of one's own may have
+KINDS = {str: "text", dict: "an object", bool: "true or false"}
+
+
 def title(task: str) -> str:
     """A task's name in figures; of one that is not in the table, its own."""
     return TASKS[task].title if task in TASKS else task
@@ -167,24 +171,23 @@ def encode_text(tokenizer, passages: Sequence[str], length: int = 512, domain: s
 
 
 def read_prompts(path: Path) -> list[Example]:
-    """Questions of one's own, a .jsonl of {"prompt", and if there are any "answer", "task", "id", "schema"}. A question without
-    an answer has the answer ""; `answered` fills it in. Raises BadData naming file, line and what was expected."""
+    """Questions of one's own, a .jsonl of {"prompt", and if there are any "answer", "task", "id", "schema", "plain"}. One
+    without an answer has the answer ""; `answered` fills it in. Raises BadData naming file, line and what was expected."""
     found = []
     for n, record in enumerate(read_jsonl(path), 1):
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
             raise BadData(f'{path}:{n}: expected {{"prompt": text that is not empty, ...}}')
-        if bad := sorted(set(record) - {"prompt", "answer", "task", "id", "schema"}):
-            raise BadData(f"{path}:{n}: unknown field {bad[0]!r}: expected prompt, answer, task, id or schema")
-        if bad := [k for k, kind in {"answer": str, "task": str, "id": str, "schema": dict}.items()
-                   if not isinstance(record.get(k, kind()), kind)]:
-            raise BadData(f"{path}:{n}: {bad[0]}: expected {'an object' if bad[0] == 'schema' else 'text'}")
+        if bad := sorted(set(record) - {"prompt", *FIELDS}):
+            raise BadData(f"{path}:{n}: unknown field {bad[0]!r}: expected some of prompt, {', '.join(FIELDS)}")
+        if bad := [k for k, kind in FIELDS.items() if not isinstance(record.get(k, kind()), kind)]:
+            raise BadData(f"{path}:{n}: {bad[0]}: expected {KINDS[FIELDS[bad[0]]]}")
         try:
             jsonschema.Draft202012Validator.check_schema(record.get("schema", {}))
         except jsonschema.SchemaError as error:
             raise BadData(f"{path}:{n}: schema: expected a JSON schema ({error.message})") from error
         task = record.get("task", "prompts")
         found.append(Example(task, record["prompt"], record.get("answer", ""), record.get("id") or identify(
-            task, record["prompt"], record.get("answer", "")), record.get("schema")))
+            task, record["prompt"], record.get("answer", "")), record.get("schema"), record.get("plain", False)))
     if twice := [i for i, times in Counter(e.id for e in found).items() if times > 1]:
         raise BadData(f"{path}: {twice[0]!r} is there twice: results could not be paired by it")
     return found
