@@ -315,7 +315,14 @@ def derive(cell: Cell, draws: int = 4) -> dict[str, Any]:
     results = {name: arrays | {"tokens": arrays["answer_tokens"]} for name, arrays in unbundle(cell).items()}
     full = results.pop("16 bits: 16 bits")
     return {"questions": len(full["id"]), "draws": draws, "exact_16_bits": float(full["exact"].mean()),
-            "sweeps": panels_of(results, full)}
+            "sweeps": panels_of(results, full)} | machines_of(cell)
+
+
+def machines_of(cell: Cell) -> dict[str, dict[str, list[str]]]:
+    """Where each row was measured, if that is not one machine for all."""
+    made = [gpu or cpu for cpu, _, _, gpu in (k["machine"] for k in cell.key["keys"])]
+    rows = {name: sorted({made[r] for r in rows}) for name, rows in cell.key["rows"].items()}
+    return {"machines": rows} if len(set(made)) > 1 else {}
 
 
 def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
@@ -329,9 +336,8 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
               for name, arrays in results.items()}
         told[domain] = {"texts": int(at.sum()), "tokens": int(full["answer_tokens"][at].sum()),
                         "sweeps": panels_of({n: a for n, a in of.items() if n != "16 bits: 16 bits"}, of["16 bits: 16 bits"])}
-    machines = [gpu or cpu for cpu, _, _, gpu in (k["machine"] for k in cell.key["keys"])]
-    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()},
-            "machines": {name: sorted({machines[r] for r in rows}) for name, rows in cell.key["rows"].items()}}
+    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()}
+            } | machines_of(cell)
 
 
 def answered(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:

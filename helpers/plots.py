@@ -216,3 +216,26 @@ def won_back(panels: Mapping[str, Mapping[str, dict]]) -> None:
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel="% of rounding's KL that is won back")
     ax.set_yticklabels(names, fontsize=8)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+
+
+def flow(ax, trials: Iterable[tuple[str, str, str, str]], ends: Iterable[tuple[str, str]]) -> None:
+    """A decision as it ran, from above: `trials` (variant, outcome, what the gate said, why the next was tried), then `ends`
+    (what it is, its name): the pick, the fallback."""
+    colours, y, rows = {"pass": "#009E73", "fail": "#D55E00", "undecided": "#8C8C8C"}, 0.0, list(trials)
+
+    def box(content: str, colour: str, line: str = "-") -> None:
+        ax.add_patch(FancyBboxPatch((0, y - 0.5), 1, 0.74, boxstyle="round,pad=0,rounding_size=0.06", fc="white", ec=colour,
+                                    lw=1.6, ls=line))
+        ax.text(0.5, y - 0.13, content, ha="center", va="center", fontsize=7.5)
+
+    for n, (variant, outcome, said, change) in enumerate(rows):
+        box(f"{variant}\n{outcome}: {said}", colours[outcome])
+        if n < len(rows) - 1 or ends:
+            ax.annotate("", (0.5, y - 0.98), (0.5, y - 0.52), arrowprops={"arrowstyle": "->", "color": "0.4"})
+            ax.text(0.54, y - 0.74, change, fontsize=7, color="0.35", va="center")
+        y -= 1.24
+    for what, name in ends:
+        box(f"{what}\n{name}", "black", "-" if name else ":")
+        y -= 0.9
+    ax.set(xlim=(-0.02, 1.02), ylim=(y + 0.3, 0.35))
+    ax.axis("off")

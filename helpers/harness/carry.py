@@ -8,6 +8,7 @@ import pandas as pd
 from helpers.results import read
 
 SAID = {-1: "lower", 0: "no difference", 1: "higher"}
+VOICE_NAMES = {"novel": "real, novel", "speeches": "real, speeches", "questions": "real, questions"}
 
 
 def verdict(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from helpers.harness.decide import QUALITY, Adjustment, Trial, outcome, search
 from helpers.harness.gates import PASS, Finding, Gate, read_gates
 from helpers.harness.measured import Measured
@@ -20,6 +22,7 @@ from helpers.methods.nf4 import Nf4
 from helpers.models.layers import common_group, linears
 from helpers.models.method import Plan
 from helpers.models.source import BUNDLED, DATA, resolve
+from helpers.results import BadRecord, read
 
 READ_OFF = tuple(q for q in QUALITY if q != "form")
 
@@ -105,3 +108,16 @@ def writers(model) -> list[str]:
         part, _, last = name.rpartition(".")
         parts[part] = last
     return sorted(set(parts.values()))
+
+
+def record_table() -> pd.DataFrame | str:
+    """What `make cases` left: a row for each model and case."""
+    try:
+        told = read("cases").data
+    except BadRecord:
+        return "nothing was compared yet: make cases"
+    return pd.DataFrame({(model, name): {
+        "the article": c["article"], "verdict": c["verdict"]["outcome"], "pick": c["verdict"]["pick"] or "none",
+        "fallback": c["verdict"]["fallback"] or "16 bits", "exit status": c["exit_status"],
+        "not passing": "; ".join(f"{n}: {v['reason']}" for n, v in c["variants"].items() if v["outcome"] != PASS)}
+        for model, cases in told.items() for name, c in cases.items()}).T

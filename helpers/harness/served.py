@@ -94,6 +94,16 @@ def served_table() -> pd.DataFrame | str:
     return pd.DataFrame(rows).T.fillna("")
 
 
+def slower() -> pd.DataFrame | str:
+    """Median ITL and TTFT of data/results/served.json at each rate, as multiples of 16 bits'."""
+    if (record := _record("load")) is None:
+        return "nothing was served yet: make serving, then make served"
+    rows = {name: {f"{what} at {r['rate']:g}/s": r[of]["p50"] / record["16 bits"][key][of]["p50"]
+                   for what, of in (("ITL", "itl_ms"), ("TTFT", "ttft_ms")) for key, r in runs.items()}
+            for name, runs in record.items()}
+    return pd.DataFrame(rows).T.map("{:.2f} times".format)
+
+
 def answers_table() -> pd.DataFrame | str:
     """Answers of data/results/served.json: those that are the ones of exact dequantization, and KL of the served model."""
     if (found := _record("answers")) is None:

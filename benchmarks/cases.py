@@ -1,0 +1,64 @@
+"""The three cases of chapter 10 through `python -m helpers.compare`, on both models: `make cases`.
+
+Some 20 minutes on two cores for the bundled model, an hour for SmolLM2; goes on where it was stopped. Writes
+data/results/cases.json: of each model and case the gates, the verdict with its reasons, and the exit status.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+
+from tqdm import tqdm
+
+from helpers import compare
+from helpers.book import BUILD
+from helpers.harness.allocate import save_plan
+from helpers.harness.cases import CASES, Case
+from helpers.harness.variants import Original
+from helpers.models.method import Plan
+from helpers.results import BadRecord, Record, read, save
+
+METHODS = ("int8", "nf4", "gptq", "awq")
+ALSO = {"bundled": ("autoround",), "small": ("gptq:sym=false,search=true,desc_act=true", "awq+gptq:sym=false,search=true")}
+
+
+def methods(case: Case, model: str) -> list[str]:
+    """What is compared; where nothing may be lost, the mixed plan of chapter 7 at 5 bits a weight as well."""
+    found = [*METHODS, *ALSO[model]]
+    if case.name == "doses" and model == "bundled":
+        path = BUILD / "cases" / "plan-5-bits.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_plan(path, Plan.parse(read("plans").data["plans"]["plan, 5 bits"]["plan"]), Original(model))
+        found.append(str(path))
+    return found
+
+
+def run(case: Case, model: str) -> dict:
+    """One comparison: its exit status and what results.json says of it."""
+    out = BUILD / "cases" / f"{model}-{case.name}"
+    argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),
+            "--methods", *methods(case, model)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = compare.main(argv)
+    found = json.loads((out / "results.json").read_text())
+    keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
+    return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
+            "verdict": found["verdict"], "variants": {v["name"]: {k: v[k] for k in keep} for v in found["variants"]}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=ALSO, default=list(ALSO))
+    args = parser.parse_args()
+    try:
+        told = read("cases").data
+    except BadRecord:
+        told = {}
+    for model in args.models:
+        told[model] = {name: run(case, model) for name, case in tqdm(CASES.items(), desc=model)}
+        print(save(Record("cases", told, command="make cases")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,557 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 11. The article, audited
+#
+# **After this chapter** you know which of the 24 checkable claims of the article that this book grew from hold, on what, and
+# which command decides the rest. You can audit a claim of your own the same way.
+#
+# *Needs*: chapters [3](03_error_formula.ipynb) to [7](07_sensitivity.ipynb) and [9](09_harness.ipynb), whose records are read
+# here. *Time*: a minute and a half on two cores. *On a GPU*: the same verdicts; those on speed then have a command to run.
+#
+# Each claim is in our words. A verdict follows from a rule on measured values, printed beside it: *holds*, *holds with
+# conditions*, *does not hold*, *undecided here*. The *bundled* model is the book's own, the *real* one SmolLM2-135M-Instruct;
+# what needs a GPU or 70 billion parameters and is not exact arithmetic is undecided, with the command that would decide it.
+
+# %% tags=["setup", "hide-cell"]
+# On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
+import importlib.util
+import os
+import subprocess
+import sys
+
+BOOK = "REPOSITORY-UNSET"
+if not importlib.util.find_spec("helpers"):
+    if "UNSET" in BOOK:
+        raise RuntimeError("Set BOOK in this cell to the address of the book's git repository; it has no public one yet")
+    if not os.path.isdir("book"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", BOOK, "book"], check=True)
+    subprocess.run([sys.executable, "book/helpers/colab.py"], check=True)
+    os.chdir("book/chapters")
+    sys.path.insert(0, os.path.abspath(".."))
+
+# %% tags=["nbval-ignore-output"]
+from helpers.book import start
+
+start(seed=0)
+
+# %% tags=["parameters"]
+model = "bundled"  # or a local folder, or a hub id such as "owner/name"
+rebuild = False  # make the toolkits' artefacts anew instead of reading the committed ones
+profile = None  # a name from helpers/profiles.json, instead of `model`
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from helpers.book import settings
+from helpers.harness.audit import AWQ, CONDITIONS, GPTQ, HOLDS, NOT, QLORA, UNDECIDED, Audit
+from helpers.harness.carry import SAID, panels, verdict
+from helpers.harness.study import prepared
+from helpers.results import read
+
+run_on = settings(model, profile)
+where = {k: run_on[k] for k in ("revision", "dtype", "device")}
+study = prepared(run_on["model"], **where, methods=["nf4"], limit=20)
+full, audit = study.full, Audit()
+LOWER, SAME, HIGHER = SAID[-1], SAID[0], SAID[1]
+
+# %% [markdown]
+# ## Predict
+#
+# Of 24 claims of an article written from general knowledge: how many hold as they stand? How many do not hold at all?
+
+# %%
+hold_guess, fail_guess = 12, 4
+
+# %% [markdown]
+# ## What the methods are: C1, C5, C9
+#
+# **C1: NF4 is a data type, not an algorithm.** If so, each weight gets the nearest of 16 values of its block, whatever the
+# other weights are and whatever the inputs do:
+
+# %%
+from helpers.methods.nf4 import Nf4
+from helpers.quantizers.nf4 import codebook, quantize_nf4
+
+W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+q = quantize_nf4(W)
+absmax = W.abs().amax(1, keepdim=True)  # a row is one block here
+nearest = (W[..., None] / absmax[..., None] - codebook()).abs().argmin(-1)
+by_hand = codebook()[nearest] * absmax
+alike = torch.allclose(q.dequantize(), by_hand, atol=1e-6)
+audit.say(1, "NF4 is a data type, not an algorithm", HOLDS if alike and Nf4().keeps is None else NOT,
+          "every weight is the nearest of 16 values times its block's largest; no input is looked at",
+          "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3")
+
+# %% [markdown]
+# **C5: AWQ finds the 1 % of weights with the largest activations and keeps them out of quantization.** What does an AWQ file
+# hold? Were some weights left out, they would be in 16 bits:
+
+# %%
+from helpers.models.formats import AwqFormat
+from helpers.models.reading import read_artefact
+from helpers.toolkits.artefacts import COMMITTED
+
+file = read_artefact(COMMITTED / "autoawq-awq")
+kept = [n for n in file.others if n.endswith("proj.weight")]
+codes = sum(q.codes.numel() for q in file.linears.values())
+print(f"{type(file.form).__name__}: {codes:,} weights in {len(file.linears)} linears, all with a code; in 16 bits: {len(kept)}")
+assert isinstance(file.form, AwqFormat)
+audit.say(5, "AWQ keeps the 1 % of weights with the largest activations out of quantization", NOT if not kept else HOLDS,
+          "autoawq's file has a 4-bit code for every weight: channels are scaled before rounding, none is left out. Leaving "
+          "columns out is the observation that the method starts from", "this chapter; [chapter 6](06_awq.ipynb)",
+          f"{AWQ}, sections 3.1 and 3.2")
+
+# %% [markdown]
+# **C9: double quantization saves memory.** Without it a block of 64 weights has an fp32 scale; with it an 8-bit one, and an
+# fp32 scale for each 256 of those:
+
+# %%
+without, with_it = 32 / 64, 8 / 64 + 32 / (64 * 256)
+double = panels("nf4")["bundled"]["double quantization"]["on"] if (COMMITTED.parent / "results/sweep_small_nf4.json").is_file(
+    ) else read("sweep_nf4").data["sweeps"]["double quantization"]["on"]
+saved_70b = (without - with_it) / 8 * 68.98e9 / 1e9
+print(f"{without} to {with_it:.3f} bits a weight: 70B saves {saved_70b:.1f} GB")
+audit.say(9, "double quantization saves memory", HOLDS if with_it < without and verdict(double) == SAME else CONDITIONS,
+          f"{without - with_it:.3f} bits a weight; KL on the bundled model: {verdict(double)}",
+          "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3")
+
+# %% [markdown]
+# ## Calibration: C2, C4, C18, C20, C23
+#
+# Panels of the sweeps, each paired by question with its first row. For the real model the three columns are two voices of prose
+# and questions.
+
+# %% tags=["nbval-ignore-output"]
+gptq = panels("gptq")
+spread = pd.DataFrame({whose: {n: f"{r['kl'][0]:.3g} ({verdict(r)})" for n, r in of["calibration windows of 256"].items()}
+                       for whose, of in gptq.items()})
+spread
+
+# %%
+def told(knob, value, name="gptq"):
+    """{whose text: verdict} of a row, where it was measured."""
+    return {whose: verdict(of[knob][value]) for whose, of in panels(name).items() if value in of.get(knob, {})}
+
+
+def said(verdicts):
+    return ", ".join(f"{whose}: {v}" for whose, v in verdicts.items())
+
+
+few, enough = told("calibration windows of 256", "1"), told("calibration windows of 256", "64")
+text_kind = told("calibration text", "recipes")
+good = set(few.values()) == {HIGHER} and set(enough.values()) <= {SAME, LOWER}
+audit.say(2, "GPTQ is good when calibrated well: 128 to 1,024 samples, more are more stable", CONDITIONS if good else NOT,
+          f"a single window is worse everywhere; 64 of 256 tokens against all: {said(enough)}. The kind of text counts more: "
+          f"recipes instead of requests, {said(text_kind)}", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 4")
+
+# %% [markdown]
+# **C4: conservative damping avoids catastrophes.** At 4 bits, against damping of 0.01; and what the solver does without any, on
+# inputs of lower rank than the layer is wide:
+
+# %%
+from helpers.quantizers.affine import output_error
+from helpers.quantizers.gptq import gptq as solve
+
+less, more = (told("recipes, 4 bits", f"GPTQ, damping {d}", "recipes") for d in ("0.0001", "0.1"))
+X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+W, H = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)), X @ X.T
+try:
+    outcome = f"{output_error(W, solve(W, H, bits=4, group_size=64, damp_percent=0.0)[0].dequantize(), H):.3g}"
+except (ValueError, RuntimeError) as error:
+    outcome = type(error).__name__
+print(f"no damping, rank 16 of 64: {outcome}")
+audit.say(4, "conservative damping avoids catastrophic layers", CONDITIONS,
+          f"0.0001 instead of 0.01: {said(less)}; 0.1: {said(more)}. Without any, a Gram matrix that lacks rank cannot be "
+          "factorized; as a knob of quality it does little", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 3.3, step 3")
+
+# %% [markdown]
+# **C18: calibration on short prompts loses long context.** Provoked in [chapter 10](10_choosing.ipynb) at 2 bits; here at 3
+# as well:
+
+# %% tags=["nbval-ignore-output"]
+from dataclasses import replace
+
+from helpers.harness.failures import on_prose, seen, short_windows, table
+from helpers.measure.tasks import examples
+from helpers.models.texts import calibration, windows
+
+requests = windows(calibration(study.tokenizer), 256, 32)
+asks_recall = {"recall_4", "recall_far"} <= {e.task for e in study.judge}
+if asks_recall:
+    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 60))
+    long = [seen(short_windows(recall, requests, bits), recall) for bits in (2, 3)]
+table(long).T if asks_recall else "not applicable: this model is not asked for recall"
+
+# %%
+if asks_recall:
+    at_two, at_three = long
+    audit.say(18, "calibration on short prompts loses long context", CONDITIONS if (
+        at_two.detected and not at_three.detected) else HOLDS if at_three.detected else NOT,
+        "at 2 bits recall over 300 to 850 tokens falls, at 3 bits the gate passes with short windows too. Contexts beyond 1,024 "
+        "tokens: undecided", "this chapter; [chapter 10](10_choosing.ipynb)", "",
+        "make compare MODEL=... PROMPTS=long.jsonl")
+
+# %% [markdown]
+# **C20: desc_act improves quality, more slowly.** And **C23: three short prompts are a usable calibration set**, live, with the
+# article's number of prompts against plain rounding and against 32 windows:
+
+# %%
+act = told("recipes, 4 bits", "GPTQ, desc_act", "recipes")
+audit.say(20, "desc_act improves quality on some backends, more slowly", CONDITIONS if LOWER in act.values() else NOT,
+          f"KL against the order as it is: {said(act)}. How much slower is a matter of GPU kernels",
+          "[chapter 5](05_gptq.ipynb)", "", "make compare MODEL=... METHODS='gptq gptq:desc_act=true' SERVE='1'")
+
+# %% tags=["nbval-ignore-output"]
+from helpers.harness.variants import Simulation
+from helpers.measure.stats import paired
+from helpers.methods.gptq import Gptq
+from helpers.methods.rtn import Rtn
+from helpers.models.layers import common_group
+from helpers.toolkits.article import PROMPTS
+
+group = common_group(full.load(study.device))
+three = [study.tokenizer.encode(p) for p in PROMPTS]
+quality = study.quality(study.judge)
+draws = {"rounding": Simulation("rounding", Rtn(4, group, sym=False), (), full),
+         "three prompts": Simulation("three prompts", Gptq(4, group, sym=False), three, full),
+         "32 windows": Simulation("32 windows", Gptq(4, group, sym=False), requests, full)}
+cells = {name: quality.scores(v) for name, v in draws.items()}
+print(f"{sum(map(len, three))} tokens in the three")
+pd.DataFrame({name: {"KL (nats/token)": str(s.answer.kl_interval()), "exact": f"{s.exact.mean():.1%}"}
+              for name, s in cells.items()}).T
+
+# %%
+from helpers.measure.stats import ratio_interval
+
+tokens = cells["rounding"].answer.tokens
+less_than_rounding, more_than_windows = (
+    ratio_interval(a.answer.kl - b.answer.kl, tokens) for a, b in (
+        (cells["three prompts"], cells["rounding"]), (cells["three prompts"], cells["32 windows"])))
+audit.say(23, "three short prompts are a usable calibration set",
+          NOT if less_than_rounding.high >= 0 else CONDITIONS if more_than_windows.low > 0 else HOLDS,
+          f"on this model, KL less that of rounding {less_than_rounding.estimate:+.4f}, less that of 32 windows "
+          f"{more_than_windows.estimate:+.4f}; the real model with one window of 256: see C2", "this chapter", f"{GPTQ}, section 4")
+
+# %% [markdown]
+# ## Grids and groups: C3, C8, C15, C21
+#
+# **C3: smaller groups, better quality, more metadata; 32 to 128 is the useful range.** Bits a weight by exact arithmetic, KL
+# from the sweeps:
+
+# %% tags=["nbval-ignore-output"]
+groups = gptq["bundled"]["group size"]
+pd.DataFrame({size: {"bits a weight": f"{3 + (16 + 3) / int(size):.3f}" if int(size) > 0 else "3 + 19 / width",
+                     "KL, bundled": f"{r['kl'][0]:.3g}", "against 128": verdict(r)} for size, r in groups.items()}).T
+
+# %%
+by_group = {size: verdict(r) for size, r in groups.items()}
+audit.say(3, "smaller groups: better quality, more metadata; 32 to 128 is the useful range", HOLDS if (
+    by_group["64"] == by_group["32"] == LOWER and by_group["-1"] == HIGHER) else CONDITIONS,
+    "bundled, 3 bits: each step from whole rows to 128, 64 and 32 lowers KL. The real model: undecided, its published weights "
+    "already lie on groups of 32", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 4", "make small DEVICE=cuda")
+
+# %% [markdown]
+# **C8: NF4's grid beats uniform INT4 by about 0.5 perplexity.** At blocks of 64: perplexity of passages, by the texts of this
+# model, live; and of the real model's two voices, from its record. Bits a weight: NF4 4.127, symmetric 4.25, asymmetric 4.3125.
+
+# %% tags=["nbval-ignore-output"]
+from helpers.harness.audit import grids_on_the_real_model
+
+texts = study.texts()
+small_group = min(64, group)
+grids = {"NF4": Simulation("NF4", Nf4(), (), full), "INT4, symmetric": Simulation("INT4", Rtn(4, small_group), (), full),
+         "INT4, asymmetric": Simulation("INT4 asymmetric", Rtn(4, small_group, sym=False), (), full)}
+of = {"16 bits": texts.scores(full), **{name: texts.scores(v) for name, v in grids.items()}}
+here = pd.DataFrame({name: {t: np.exp((p := s.select(t).all).nll.sum() / p.tokens.sum()) for t in dict.fromkeys(
+    s.tasks.tolist())} for name, s in of.items()})
+real = grids_on_the_real_model()
+pd.concat([here, real]).round(3)
+
+# %%
+both = pd.concat([here, real])
+gained = {rival: both[f"INT4, {rival}"] - both["NF4"] for rival in ("symmetric", "asymmetric")}
+half = {rival: bool((g > 0.25).all() and (g < 0.75).all()) for rival, g in gained.items()}
+audit.say(8, "NF4's grid beats uniform INT4 by about 0.5 perplexity", HOLDS if all(half.values()) else CONDITIONS if any(
+    half.values()) or (gained["symmetric"] > 0).all() else NOT,
+    "; ".join(f"over {rival}: " + ", ".join(f"{t} {x:+.2f}" for t, x in g.items()) for rival, g in gained.items())
+    + ". There is no one number: it depends on the text's own perplexity, and on whether the uniform grid has a zero",
+    "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 4: 27.41 against 34.34, mean over models")
+
+# %% [markdown]
+# **C15: the same width does not mean the same quality or latency.** **C21: BF16 is the compute dtype to choose for NF4.**
+
+# %%
+recipes = panels("recipes")
+range_of = {whose: [min(k), max(k)] for whose, of_ in recipes.items() if (k := [
+    r["kl"][0] for r in of_["recipes, 4 bits"].values()])}
+apart = {whose: most / least for whose, (least, most) in range_of.items()}
+audit.say(15, "the same bit width does not mean the same quality or latency", HOLDS if min(apart.values()) > 2 else NOT,
+          "at 4 bits the recipes' KL is " + ", ".join(f"{whose}: {x:.1f}" for whose, x in apart.items()) + " times apart; "
+          "latency by format: [chapter 9](09_harness.ipynb)", "[chapter 5](05_gptq.ipynb)")
+
+dtypes = read("sweep_nf4").data["sweeps"]["compute dtype"]
+most = max(abs(x) for r in dtypes.values() for x in r["kl_against_first"])
+audit.say(21, "BF16 is the compute dtype to choose for NF4", CONDITIONS if most < 0.001 else NOT,
+          f"bundled: fp32, fp16 and bf16 differ by less than {most:.4f} in KL, so by quality it is as good as any; by speed "
+          "undecided here", "[chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3", "make bench, on a GPU")
+
+# %% [markdown]
+# ## Which method: C6, C12, C17, C19
+#
+# **C6: AWQ has the best 4-bit quality on instructions, NF4 slightly less.**
+
+# %% tags=["nbval-ignore-output"]
+shown = ("NF4", "GPTQ", "GPTQ, desc_act, searched scales", "AWQ")
+table_6 = pd.DataFrame({whose: {name: of_["recipes, 4 bits"][name]["kl"][0] for name in shown
+                                if name in of_["recipes, 4 bits"]} for whose, of_ in recipes.items()})
+table_6.map("{:.3g}".format)
+
+# %%
+first = {whose: column.idxmin() for whose, column in table_6.items()}
+beats = told("recipes, 4 bits", "AWQ", "recipes")
+audit.say(6, "AWQ has the best 4-bit quality on instruction tasks, NF4 slightly less", HOLDS if set(first.values()) == {
+    "AWQ"} else CONDITIONS if LOWER in beats.values() else NOT,
+    f"AWQ against plain GPTQ: {said(beats)}. The least KL of the four: " + ", ".join(
+        f"{whose}: {name}" for whose, name in first.items()), "[chapter 6](06_awq.ipynb)", f"{AWQ}, table 4",
+    "make compare MODEL=... METHODS='nf4 gptq awq'")
+
+# %% [markdown]
+# **C12: attention, MLP and head do not fail equally; a head in high precision protects quality.** From the map of
+# [chapter 7](07_sensitivity.ipynb), each linear alone at 3 bits by GPTQ:
+
+# %%
+from helpers.harness.sensitivity import stored
+
+full_cells, cells_of = stored()
+damage = {}
+for (layer, method), arrays in cells_of.items():
+    if method == Gptq(3, method.group_size, search=True) and ".layers." in layer:
+        damage.setdefault(layer.rsplit(".", 1)[-1], []).append(arrays["answer_kl"].sum() / arrays["answer_tokens"].sum())
+mean = {kind: float(np.mean(values)) for kind, values in damage.items()}
+head = read("sweep_nf4").data["sweeps"]["output head"]["NF4"]
+apart = max(mean.values()) / min(mean.values())
+print({kind: round(1000 * x, 2) for kind, x in sorted(mean.items(), key=lambda i: -i[1])}, "thousandths of a nat")
+audit.say(12, "attention, MLP and head do not fail equally; a head in high precision protects quality", HOLDS if (
+    apart > 2 and verdict(head) == HIGHER) else CONDITIONS,
+    f"bundled: kinds of linears are up to {apart:.1f} times apart; a head in NF4 too raises KL by "
+    f"{head['kl_against_first'][0]:.4f} [{head['kl_against_first'][1]:.4f}, {head['kl_against_first'][2]:.4f}]. The real model's "
+    "map is not measured", "[chapter 7](07_sensitivity.ipynb)", "", "make sensitivity MODEL=...")
+
+# %% [markdown]
+# **C17: perplexity can look fine while answers are poor.** The first failure of [chapter 10](10_choosing.ipynb):
+
+# %% tags=["nbval-ignore-output"]
+prose = seen(on_prose(study, requests), study)
+table([prose]).T
+
+# %%
+fine = prose.before[prose.failure.fine].outcome == "pass"
+audit.say(17, "perplexity can look fine while answers are poor", HOLDS if fine and prose.detected else UNDECIDED,
+          "GPTQ at 3 bits calibrated on prose: the loss on prose passes its gate, KL on answers fails its own" if fine and (
+              prose.detected) else "on this model the gates do not tell them apart", "this chapter; [chapter 10](10_choosing.ipynb)",
+          "", "make compare PROMPTS=...")
+
+# %% [markdown]
+# **C19: selective precision often beats one low width for the whole model.** The plans of [chapter 7](07_sensitivity.ipynb)
+# against the best uniform setting of no more bytes, paired by question:
+
+# %%
+from helpers.harness.audit import plans_against_uniform
+
+beaten = plans_against_uniform()
+print({budget: SAID[said] for budget, said in beaten.items()})
+audit.say(19, "selective precision often beats full-model low-bit conversion", HOLDS if (
+    sum(v == -1 for v in beaten.values()) > len(beaten) / 2 and 1 not in beaten.values()) else CONDITIONS,
+    f"bundled: lower KL than the best uniform setting at {sum(v == -1 for v in beaten.values())} of {len(beaten)} budgets, worse "
+    f"at {sum(v == 1 for v in beaten.values())}; rules of thumb are mostly worse", "[chapter 7](07_sensitivity.ipynb)", "",
+    "make sensitivity MODEL=...")
+
+# %% [markdown]
+# ## Memory, speed, effort: C7, C10, C11, C13, C14, C16, C24
+#
+# **C10: GPTQ takes 70B from 140 to about 35 GB with under one point of perplexity lost.** The bytes are arithmetic:
+
+# %%
+from helpers.measure.bytes import predicted_bytes
+from helpers.measure.shapes import SHAPES
+
+sixteen, four = predicted_bytes(SHAPES["70B"]), predicted_bytes(SHAPES["70B"], Gptq())
+print(f"{sixteen:,} to {four:,} bytes")
+assert (sixteen, four) == (137_953_296_384, 36_638_572_544)
+audit.say(10, "GPTQ takes 70B from 140 GB to about 35 GB at under one point of perplexity", CONDITIONS,
+          f"{sixteen / 1e9:.1f} to {four / 1e9:.1f} GB with scales, zeros and order of columns. The loss is not measured here; "
+          "published: 3.32 to 3.42", "this chapter", f"{AWQ}, table 4", "make compare MODEL=... METHODS=gptq, on 80 GB")
+
+# %% [markdown]
+# **C16: memory can be won without latency.** **C24: asymptotic cost stays, constant factors decide.** A linear of $m \times n$
+# multiplies $mn$ numbers a token at any width; what differs is how they are stored and fetched. Served:
+
+# %% tags=["nbval-ignore-output"]
+from helpers.harness.served import slower
+
+slower()
+
+# %%
+load = read("served").data["load"]
+factors = [r["itl_ms"]["p50"] / load["16 bits"][key]["itl_ms"]["p50"] for name in ("GPTQ file", "AWQ file")
+           for key, r in load[name].items()]
+audit.say(16, "memory can be won without latency", HOLDS if min(factors) > 1 else NOT,
+          f"vLLM on two cores: ITL of 4-bit files is {min(factors):.1f} to {max(factors):.1f} times that of 16 bits",
+          "[chapter 9](09_harness.ipynb)", "", "make served, on a GPU")
+others = [r["itl_ms"]["p50"] / load["16 bits"][key]["itl_ms"]["p50"] for key, r in load["16 bits, bf16"].items()]
+audit.say(24, "asymptotic cost does not change, constant factors decide", HOLDS if max(factors) / min(others) > 2 else NOT,
+          f"the same multiplications, {min(others):.2f} to {max(factors):.1f} times the latency, by format and rate",
+          "this chapter; [chapter 9](09_harness.ipynb)")
+
+# %% [markdown]
+# EFFORT
+
+# %% [markdown]
+# FINETUNE
+
+# %% [markdown]
+# **C13: GPTQ runs on "ExInt4" kernels on AMD and NVIDIA, AWQ on fused AutoAWQ kernels.** The kernels that the installed
+# GPTQModel knows:
+
+# %%
+from pathlib import Path
+
+spec = importlib.util.find_spec("gptqmodel")
+folder = Path(spec.origin).parent / "nn_modules" / "qlinear" if spec else None
+kernels = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_")) if folder else []
+named = [k for k in kernels if "exint4" in k.lower()]
+audit.say(13, '"ExInt4" kernels for GPTQ on AMD and NVIDIA, fused AutoAWQ kernels for AWQ', NOT if not named else CONDITIONS,
+          "GPTQModel has no kernel of that name; its ExLlama kernels are what is meant, and AutoAWQ is archived. What runs "
+          "on which GPU: undecided here", "this chapter; [chapter 9](09_harness.ipynb)", "",
+          "python -m helpers.harness.portability, on each GPU")
+
+# %% tags=["nbval-ignore-output"]
+print(", ".join(kernels) or "GPTQModel is not installed here")
+
+# %% [markdown]
+# ## The article's three programs: C22
+#
+# What happens to someone who runs them today. The third quantizes on three strings, with both archived toolkits (their own
+# environment, in one run):
+
+# %%
+from helpers.toolkits.artefacts import example_3
+
+steps = example_3()
+for step, came in steps.items():
+    print(f"{step}: {came}")
+audit.say(22, "the third program runs as printed", HOLDS if steps["AutoGPTQ, three strings, as printed"] == "done" else NOT,
+          f"AutoGPTQ: {steps['AutoGPTQ, three strings, as printed']}", "this chapter; [chapter 2](02_pipelines.ipynb)")
+
+# %% [markdown]
+# In this environment, that of today:
+
+# %%
+for package in ("auto_gptq", "awq"):
+    print(f"import {package}: {'there' if importlib.util.find_spec(package) else 'no such module: transformers 5 dropped it'}")
+
+# %% [markdown]
+# The first program loads a GPTQ and an AWQ checkpoint and times one answer; the second loads a model in NF4. They name models
+# on a hub; with files that are here, and GPTQModel in the place of the two, both work. The first, on the committed artefacts:
+
+# %% tags=["nbval-ignore-output"]
+import time
+
+from transformers import AutoTokenizer
+
+from helpers.measure.answers import greedy
+from helpers.models.source import BUNDLED
+from helpers.toolkits.artefacts import reload
+
+tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+asked = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 30?"}], add_generation_prompt=True,
+                                      return_tensors="pt", return_dict=True)
+for name in ("autogptq-gptq", "autoawq-awq"):
+    lm = reload(COMMITTED / name)
+    started = time.perf_counter()
+    answer = lm.generate(**asked, generation_config=greedy(16, pad_token_id=0))
+    print(f"{name}: {tokenizer.decode(answer[0, asked['input_ids'].shape[1]:], skip_special_tokens=True)!r}, "
+          f"{time.perf_counter() - started:.2f} s")
+
+# %% [markdown]
+# And the second, with the settings that it prints:
+
+# %% tags=["nbval-ignore-output"]
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
+lm = AutoModelForCausalLM.from_pretrained(BUNDLED, quantization_config=nf4, device_map="cpu")
+answer = lm.generate(**asked, generation_config=greedy(16, pad_token_id=0))
+print(tokenizer.decode(answer[0, asked["input_ids"].shape[1]:], skip_special_tokens=True))
+
+# %% [markdown]
+# ## All of them
+
+# %% tags=["nbval-ignore-output"]
+figure, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
+audit.draw(ax)
+
+# %% [markdown]
+# *The verdicts.*
+
+# %% tags=["nbval-ignore-output"]
+audit.table()
+
+# %%
+not_applicable = [] if asks_recall else [18]
+assert audit.missing() == not_applicable
+print(f"{len(audit.findings)} of 24 claims have a verdict")
+
+# %% [markdown]
+# ## Where it breaks
+#
+# - *Two models.* "Holds" means: on these. A claim on "4-bit models" is about more than that.
+# - *Our words.* A claim is judged as we read it; the article's own sentence may have meant less.
+# - *Speed.* Without a GPU nothing is said of one. The commands are there.
+#
+# ## Summary
+#
+# Most claims that are arithmetic hold; those that name a winner or a number hold with conditions or not at all; the program for
+# beginners does not run. None of it needed a large machine to find out, only a measure and a rule written first.
+#
+# ## Exercises
+#
+# 1. Take a sentence on quantization from any other text, make it checkable, and add a cell that judges it.
+#
+# <details><summary>Solution</summary>
+#
+# Say which measure, on which model, against what, and which result would refute it; then write the rule before you run it.
+# </details>
+#
+# 2. C10 says "about 35 GB". Which group size would give that?
+#
+# <details><summary>Solution</summary>
+#
+# None at 4 bits: codes alone are 34.2 GB and the head and embedding in 16 bits 1.05 GB. Whole rows come nearest.
+# </details>
+#
+# ## Quiz
+#
+# 1. Why does "undecided here" name a command?
+# 2. A claim holds on the bundled model and fails on the real one. What is its verdict?
+#
+# <details><summary>Answers</summary>
+#
+# 1. So that whoever has the machine can decide it. 2. It holds with conditions, and the conditions are the finding.
+# </details>
+#
+# **Next**: your own model, `make compare MODEL=...`. *References*: [GPTQ](https://arxiv.org/abs/2210.17323),
+# [AWQ](https://arxiv.org/abs/2306.00978), [QLoRA](https://arxiv.org/abs/2305.14314); the article is in the bibliography.
