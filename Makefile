@@ -20,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test tests notebooks cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -111,6 +111,12 @@ small: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
+# The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was stopped)
+cases: $(ENV)
+	$(BIN)/python -m benchmarks.cases
+# The figure of the README
+figures: $(ENV)
+	$(BIN)/python -m benchmarks.figures
 # Every layer alone, plans made of that, and what they are worth (over an hour on one core; goes on where it was stopped)
 maps: $(ENV)
 	$(BIN)/python -m benchmarks.sensitivity
@@ -136,8 +142,12 @@ sensitivity: $(ENV)
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
 	$(BIN)/ruff check .
+# Two streams, each on one thread: the bundled model is too small for two threads to be twice as fast
 test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
+	OMP_NUM_THREADS=1 $(MAKE) -j2 tests notebooks
+tests: $(ENV)
 	$(BIN)/python -m pytest
+notebooks: $(ENV)
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 chapters/*.ipynb
 	$(BIN)/python -m helpers.book execute-other

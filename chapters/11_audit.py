@@ -54,6 +54,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from helpers import plots
 from helpers.book import settings
 from helpers.harness.audit import AWQ, CONDITIONS, GPTQ, HOLDS, NOT, QLORA, UNDECIDED, Audit
 from helpers.harness.carry import SAID, panels, verdict
@@ -92,7 +93,7 @@ by_hand = codebook()[nearest] * absmax
 alike = torch.allclose(q.dequantize(), by_hand, atol=1e-6)
 audit.say(1, "NF4 is a data type, not an algorithm", HOLDS if alike and Nf4().keeps is None else NOT,
           "every weight is the nearest of 16 values times its block's largest; no input is looked at",
-          "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3")
+          "this chapter; [chapter 4](04_nf4.ipynb)", QLORA)
 
 # %% [markdown]
 # **C5: AWQ finds the 1 % of weights with the largest activations and keeps them out of quantization.** What does an AWQ file
@@ -111,7 +112,7 @@ assert isinstance(file.form, AwqFormat)
 audit.say(5, "AWQ keeps the 1 % of weights with the largest activations out of quantization", NOT if not kept else HOLDS,
           "autoawq's file has a 4-bit code for every weight: channels are scaled before rounding, none is left out. Leaving "
           "columns out is the observation that the method starts from", "this chapter; [chapter 6](06_awq.ipynb)",
-          f"{AWQ}, sections 3.1 and 3.2")
+          AWQ)
 
 # %% [markdown]
 # **C9: double quantization saves memory.** Without it a block of 64 weights has an fp32 scale; with it an 8-bit one, and an
@@ -119,13 +120,12 @@ audit.say(5, "AWQ keeps the 1 % of weights with the largest activations out of q
 
 # %%
 without, with_it = 32 / 64, 8 / 64 + 32 / (64 * 256)
-double = panels("nf4")["bundled"]["double quantization"]["on"] if (COMMITTED.parent / "results/sweep_small_nf4.json").is_file(
-    ) else read("sweep_nf4").data["sweeps"]["double quantization"]["on"]
+double = read("sweep_nf4").data["sweeps"]["double quantization"]["on"]
 saved_70b = (without - with_it) / 8 * 68.98e9 / 1e9
 print(f"{without} to {with_it:.3f} bits a weight: 70B saves {saved_70b:.1f} GB")
 audit.say(9, "double quantization saves memory", HOLDS if with_it < without and verdict(double) == SAME else CONDITIONS,
           f"{without - with_it:.3f} bits a weight; KL on the bundled model: {verdict(double)}",
-          "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3")
+          "this chapter; [chapter 4](04_nf4.ipynb)", QLORA)
 
 # %% [markdown]
 # ## Calibration: C2, C4, C18, C20, C23
@@ -154,27 +154,34 @@ text_kind = told("calibration text", "recipes")
 good = set(few.values()) == {HIGHER} and set(enough.values()) <= {SAME, LOWER}
 audit.say(2, "GPTQ is good when calibrated well: 128 to 1,024 samples, more are more stable", CONDITIONS if good else NOT,
           f"a single window is worse everywhere; 64 of 256 tokens against all: {said(enough)}. The kind of text counts more: "
-          f"recipes instead of requests, {said(text_kind)}", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 4")
+          f"recipes instead of requests, {said(text_kind)}", "[chapter 5](05_gptq.ipynb)", GPTQ)
 
 # %% [markdown]
-# **C4: conservative damping avoids catastrophes.** At 4 bits, against damping of 0.01; and what the solver does without any, on
-# inputs of lower rank than the layer is wide:
+# **C4: conservative damping avoids catastrophes.** First a case made for it: fewer calibration tokens (16) than inputs (64), so
+# that the Gram matrix lacks rank. The error on *fresh* inputs, as a multiple of plain rounding's:
 
 # %%
-from helpers.quantizers.affine import output_error
+from helpers.quantizers.affine import output_error, round_to_nearest
 from helpers.quantizers.gptq import gptq as solve
 
+inputs = torch.randn(64, 1040, generator=torch.Generator().manual_seed(1))
+H, fresh = inputs[:, :16] @ inputs[:, :16].T, inputs[:, 16:] @ inputs[:, 16:].T
+W = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+plain = output_error(round_to_nearest(W, 4, 64, False) - W, fresh)
+worse = {damp: output_error(solve(W, H, 4, 64, False, damp_percent=damp).quantized.dequantize() - W, fresh) / plain
+         for damp in (1e-6, 1e-4, 0.01, 0.1, 1.0)}
+print({damp: round(x, 2) for damp, x in worse.items()})
+
+# %% [markdown]
+# Then the models, at 4 bits with enough text, against damping of 0.01:
+
+# %%
 less, more = (told("recipes, 4 bits", f"GPTQ, damping {d}", "recipes") for d in ("0.0001", "0.1"))
-X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-W, H = torch.randn(32, 64, generator=torch.Generator().manual_seed(2)), X @ X.T
-try:
-    outcome = f"{output_error(W, solve(W, H, bits=4, group_size=64, damp_percent=0.0)[0].dequantize(), H):.3g}"
-except (ValueError, RuntimeError) as error:
-    outcome = type(error).__name__
-print(f"no damping, rank 16 of 64: {outcome}")
-audit.say(4, "conservative damping avoids catastrophic layers", CONDITIONS,
-          f"0.0001 instead of 0.01: {said(less)}; 0.1: {said(more)}. Without any, a Gram matrix that lacks rank cannot be "
-          "factorized; as a knob of quality it does little", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 3.3, step 3")
+needed = worse[1e-6] > 2 * worse[0.1]
+audit.say(4, "conservative damping avoids catastrophic layers", CONDITIONS if needed else NOT,
+          f"with too few tokens a damping of 1e-6 is {worse[1e-6]:.1f} times as bad as rounding, 0.1 {worse[0.1]:.1f} times. "
+          f"With enough, 0.0001 instead of 0.01: {said(less)}; 0.1: {said(more)}", "this chapter; [chapter 5](05_gptq.ipynb)",
+          GPTQ)
 
 # %% [markdown]
 # **C18: calibration on short prompts loses long context.** Provoked in [chapter 10](10_choosing.ipynb) at 2 bits; here at 3
@@ -199,8 +206,8 @@ if asks_recall:
     at_two, at_three = long
     audit.say(18, "calibration on short prompts loses long context", CONDITIONS if (
         at_two.detected and not at_three.detected) else HOLDS if at_three.detected else NOT,
-        "at 2 bits recall over 300 to 850 tokens falls, at 3 bits the gate passes with short windows too. Contexts beyond 1,024 "
-        "tokens: undecided", "this chapter; [chapter 10](10_choosing.ipynb)", "",
+        "at 2 bits recall over 300 to 850 tokens falls, at 3 bits the gate passes with short windows too. Contexts beyond "
+        "1,024 tokens: undecided", "this chapter; [chapter 10](10_choosing.ipynb)", "",
         "make compare MODEL=... PROMPTS=long.jsonl")
 
 # %% [markdown]
@@ -215,7 +222,6 @@ audit.say(20, "desc_act improves quality on some backends, more slowly", CONDITI
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.variants import Simulation
-from helpers.measure.stats import paired
 from helpers.methods.gptq import Gptq
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import common_group
@@ -242,7 +248,8 @@ less_than_rounding, more_than_windows = (
 audit.say(23, "three short prompts are a usable calibration set",
           NOT if less_than_rounding.high >= 0 else CONDITIONS if more_than_windows.low > 0 else HOLDS,
           f"on this model, KL less that of rounding {less_than_rounding.estimate:+.4f}, less that of 32 windows "
-          f"{more_than_windows.estimate:+.4f}; the real model with one window of 256: see C2", "this chapter", f"{GPTQ}, section 4")
+          f"{more_than_windows.estimate:+.4f}; the real model with one window of 256: see C2", "this chapter",
+          GPTQ)
 
 # %% [markdown]
 # ## Grids and groups: C3, C8, C15, C21
@@ -260,7 +267,7 @@ by_group = {size: verdict(r) for size, r in groups.items()}
 audit.say(3, "smaller groups: better quality, more metadata; 32 to 128 is the useful range", HOLDS if (
     by_group["64"] == by_group["32"] == LOWER and by_group["-1"] == HIGHER) else CONDITIONS,
     "bundled, 3 bits: each step from whole rows to 128, 64 and 32 lowers KL. The real model: undecided, its published weights "
-    "already lie on groups of 32", "[chapter 5](05_gptq.ipynb)", f"{GPTQ}, section 4", "make small DEVICE=cuda")
+    "already lie on groups of 32", "[chapter 5](05_gptq.ipynb)", GPTQ, "make small DEVICE=cuda")
 
 # %% [markdown]
 # **C8: NF4's grid beats uniform INT4 by about 0.5 perplexity.** At blocks of 64: perplexity of passages, by the texts of this
@@ -287,7 +294,7 @@ audit.say(8, "NF4's grid beats uniform INT4 by about 0.5 perplexity", HOLDS if a
     half.values()) or (gained["symmetric"] > 0).all() else NOT,
     "; ".join(f"over {rival}: " + ", ".join(f"{t} {x:+.2f}" for t, x in g.items()) for rival, g in gained.items())
     + ". There is no one number: it depends on the text's own perplexity, and on whether the uniform grid has a zero",
-    "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, section 4: 27.41 against 34.34, mean over models")
+    "this chapter; [chapter 4](04_nf4.ipynb)", f"{QLORA}, 27.41 against 34.34, mean over models")
 
 # %% [markdown]
 # **C15: the same width does not mean the same quality or latency.** **C21: BF16 is the compute dtype to choose for NF4.**
@@ -305,7 +312,7 @@ dtypes = read("sweep_nf4").data["sweeps"]["compute dtype"]
 most = max(abs(x) for r in dtypes.values() for x in r["kl_against_first"])
 audit.say(21, "BF16 is the compute dtype to choose for NF4", CONDITIONS if most < 0.001 else NOT,
           f"bundled: fp32, fp16 and bf16 differ by less than {most:.4f} in KL, so by quality it is as good as any; by speed "
-          "undecided here", "[chapter 4](04_nf4.ipynb)", f"{QLORA}, section 3", "make bench, on a GPU")
+          "undecided here", "[chapter 4](04_nf4.ipynb)", QLORA, "make bench, on a GPU")
 
 # %% [markdown]
 # ## Which method: C6, C12, C17, C19
@@ -324,7 +331,7 @@ beats = told("recipes, 4 bits", "AWQ", "recipes")
 audit.say(6, "AWQ has the best 4-bit quality on instruction tasks, NF4 slightly less", HOLDS if set(first.values()) == {
     "AWQ"} else CONDITIONS if LOWER in beats.values() else NOT,
     f"AWQ against plain GPTQ: {said(beats)}. The least KL of the four: " + ", ".join(
-        f"{whose}: {name}" for whose, name in first.items()), "[chapter 6](06_awq.ipynb)", f"{AWQ}, table 4",
+        f"{whose}: {name}" for whose, name in first.items()), "[chapter 6](06_awq.ipynb)", AWQ,
     "make compare MODEL=... METHODS='nf4 gptq awq'")
 
 # %% [markdown]
@@ -337,7 +344,7 @@ from helpers.harness.sensitivity import stored
 full_cells, cells_of = stored()
 damage = {}
 for (layer, method), arrays in cells_of.items():
-    if method == Gptq(3, method.group_size, search=True) and ".layers." in layer:
+    if isinstance(method, Gptq) and method.bits == 3 and ".layers." in layer:
         damage.setdefault(layer.rsplit(".", 1)[-1], []).append(arrays["answer_kl"].sum() / arrays["answer_tokens"].sum())
 mean = {kind: float(np.mean(values)) for kind, values in damage.items()}
 head = read("sweep_nf4").data["sweeps"]["output head"]["NF4"]
@@ -346,8 +353,8 @@ print({kind: round(1000 * x, 2) for kind, x in sorted(mean.items(), key=lambda i
 audit.say(12, "attention, MLP and head do not fail equally; a head in high precision protects quality", HOLDS if (
     apart > 2 and verdict(head) == HIGHER) else CONDITIONS,
     f"bundled: kinds of linears are up to {apart:.1f} times apart; a head in NF4 too raises KL by "
-    f"{head['kl_against_first'][0]:.4f} [{head['kl_against_first'][1]:.4f}, {head['kl_against_first'][2]:.4f}]. The real model's "
-    "map is not measured", "[chapter 7](07_sensitivity.ipynb)", "", "make sensitivity MODEL=...")
+    f"{plots.between(head['kl_against_first'], '.4f')}. The real model's map is not measured",
+    "[chapter 7](07_sensitivity.ipynb)", "", "make sensitivity MODEL=...")
 
 # %% [markdown]
 # **C17: perplexity can look fine while answers are poor.** The first failure of [chapter 10](10_choosing.ipynb):
@@ -360,8 +367,8 @@ table([prose]).T
 fine = prose.before[prose.failure.fine].outcome == "pass"
 audit.say(17, "perplexity can look fine while answers are poor", HOLDS if fine and prose.detected else UNDECIDED,
           "GPTQ at 3 bits calibrated on prose: the loss on prose passes its gate, KL on answers fails its own" if fine and (
-              prose.detected) else "on this model the gates do not tell them apart", "this chapter; [chapter 10](10_choosing.ipynb)",
-          "", "make compare PROMPTS=...")
+              prose.detected) else "on this model the gates do not tell them apart",
+          "this chapter; [chapter 10](10_choosing.ipynb)", "", "make compare PROMPTS=...")
 
 # %% [markdown]
 # **C19: selective precision often beats one low width for the whole model.** The plans of [chapter 7](07_sensitivity.ipynb)
@@ -372,10 +379,11 @@ from helpers.harness.audit import plans_against_uniform
 
 beaten = plans_against_uniform()
 print({budget: SAID[said] for budget, said in beaten.items()})
+better, lost = (sum(v == sign for v in beaten.values()) for sign in (-1, 1))
 audit.say(19, "selective precision often beats full-model low-bit conversion", HOLDS if (
-    sum(v == -1 for v in beaten.values()) > len(beaten) / 2 and 1 not in beaten.values()) else CONDITIONS,
-    f"bundled: lower KL than the best uniform setting at {sum(v == -1 for v in beaten.values())} of {len(beaten)} budgets, worse "
-    f"at {sum(v == 1 for v in beaten.values())}; rules of thumb are mostly worse", "[chapter 7](07_sensitivity.ipynb)", "",
+    better > len(beaten) / 2 and not lost) else CONDITIONS,
+    f"bundled: lower KL than the best uniform setting at {better} of {len(beaten)} budgets, worse at {lost}; rules of thumb "
+    "are mostly worse", "[chapter 7](07_sensitivity.ipynb)", "",
     "make sensitivity MODEL=...")
 
 # %% [markdown]
@@ -392,7 +400,7 @@ print(f"{sixteen:,} to {four:,} bytes")
 assert (sixteen, four) == (137_953_296_384, 36_638_572_544)
 audit.say(10, "GPTQ takes 70B from 140 GB to about 35 GB at under one point of perplexity", CONDITIONS,
           f"{sixteen / 1e9:.1f} to {four / 1e9:.1f} GB with scales, zeros and order of columns. The loss is not measured here; "
-          "published: 3.32 to 3.42", "this chapter", f"{AWQ}, table 4", "make compare MODEL=... METHODS=gptq, on 80 GB")
+          "published: 3.32 to 3.42", "this chapter", AWQ, "make compare MODEL=... METHODS=gptq, on 80 GB")
 
 # %% [markdown]
 # **C16: memory can be won without latency.** **C24: asymptotic cost stays, constant factors decide.** A linear of $m \times n$

@@ -239,3 +239,14 @@ def flow(ax, trials: Iterable[tuple[str, str, str, str]], ends: Iterable[tuple[s
         y -= 0.9
     ax.set(xlim=(-0.02, 1.02), ylim=(y + 0.3, 0.35))
     ax.axis("off")
+
+
+def recipes(ax, table: Mapping[str, tuple[float, float, float]]) -> None:
+    """KL of each recipe with its interval, from above; the colour is that of the method its name begins with."""
+    for y, (name, (estimate, low, high)) in enumerate(table.items()):
+        kind = next((m for m in METHODS if name.lower().startswith(m)), "rtn")
+        colour, marker = METHODS[kind]
+        ax.errorbar(estimate, y, xerr=[[estimate - low], [high - estimate]], fmt=marker, color=colour, capsize=2)
+    ax.set(yticks=range(len(table)), ylim=(len(table) - 0.5, -0.5), xlim=(0, None))
+    ax.set_yticklabels(list(table), fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
