@@ -51,11 +51,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import display
 
 from helpers import plots
 from helpers.book import settings
 from helpers.harness.study import prepared
+
+pd.set_option("display.max_colwidth", None)
 
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
@@ -136,8 +137,7 @@ for ax, d in zip(axes, decisions.values(), strict=True):
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.cases import record_table
 
-with pd.option_context("display.max_colwidth", 200):
-    display(record_table())
+record_table()
 
 # %% [markdown]
 # ## What to try first
@@ -282,7 +282,7 @@ assert same
 from helpers.measure.tasks import examples
 
 if full.name and {"recall_4", "recall_far"} <= {e.task for e in study.judge}:
-    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 60))
+    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 40))
     long = seen(short_windows(recall, requests), recall)
     shown = table([long]).T
 else:

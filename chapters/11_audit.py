@@ -61,6 +61,7 @@ from helpers.harness.carry import SAID, panels, verdict
 from helpers.harness.study import prepared
 from helpers.results import read
 
+pd.set_option("display.max_colwidth", None)
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
 study = prepared(run_on["model"], **where, methods=["nf4"], limit=20)
@@ -197,7 +198,7 @@ from helpers.models.texts import calibration, windows
 requests = windows(calibration(study.tokenizer), 256, 32)
 asks_recall = {"recall_4", "recall_far"} <= {e.task for e in study.judge}
 if asks_recall:
-    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 60))
+    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 40))
     long = [seen(short_windows(recall, requests, bits), recall) for bits in (2, 3)]
 table(long).T if asks_recall else "not applicable: this model is not asked for recall"
 

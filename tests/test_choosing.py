@@ -1,0 +1,140 @@
+"""Chapters 10 and 11: the cases, the failures with their gates, repacking, and what an audit refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.cases import make
+from helpers.harness import audit, failures
+from helpers.harness.cases import CASES, decided, record_table, writers
+from helpers.harness.decide import outcome
+from helpers.harness.gates import FAIL, PASS, check_names, read_gates
+from helpers.harness.guide import ENTRIES, linked, table
+from helpers.harness.portability import ENGINES, matrix
+from helpers.harness.study import prepared
+from helpers.measure.answers import Said, form
+from helpers.measure.tasks import Example, examples, read_prompts
+from helpers.models.formats import AWQ, GPTQ_V2, FormatError
+from helpers.models.reading import BadCheckpoint, load_simulated
+from helpers.models.repack import repack
+from helpers.models.source import DATA
+from helpers.models.texts import BadData, calibration, windows
+from helpers.toolkits.artefacts import COMMITTED
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_cases_have_requests_of_their_own_and_gates_that_can_be_asked(case, tmp_path):
+    judged = {e.prompt for split in ("tune", "judge") for e in examples(split)}
+    for path in (case.prompts(), DATA / "cases" / f"english_{case.name}.jsonl"):
+        asked = read_prompts(path)
+        assert len(asked) > 100 and all(e.answer for e in asked)
+        assert not judged & {e.prompt for e in asked}
+        check_names(read_gates(case.gates), {e.task for e in asked}, {"essay"})
+
+
+def test_committed_requests_are_what_the_generator_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    make.write()
+    for path in tmp_path.glob("*.jsonl"):
+        assert path.read_text() == (DATA / "cases" / path.name).read_text()
+    assert len(list(tmp_path.iterdir())) == 2 * len(CASES)
+
+
+def test_the_flow_on_doses():
+    """As chapter 10 tells it: AWQ is stopped by KL, GPTQ passes and is judged once; int8 is the fallback."""
+    d = decided(CASES["doses"])
+    assert [t.variant for t in d.trials][0] == "AWQ" and d.trials[0].outcome == FAIL
+    assert d.pick == "GPTQ" and outcome(d.judged) == PASS and d.fallback == "int8"
+
+
+def test_writers_are_the_last_linears_of_each_part(tiny):
+    assert writers(tiny) == ["down_proj", "o_proj"]
+
+
+def test_failures_are_detected_and_remedied():
+    study = prepared("bundled", methods=["nf4"], limit=20)
+    requests = windows(calibration(study.tokenizer), 256, 32)
+    prose = failures.seen(failures.on_prose(study, requests), study)
+    assert prose.before[prose.failure.fine].outcome == PASS and prose.detected and prose.remedied
+    assert failures.table([prose]).shape == (1, 5)
+
+
+def test_plain_text_is_answered_by_its_first_line():
+    asked = Example("en_records", "Text: x\nJSON:", '{"a": 1}', plain=True, schema={"required": ["a"]})
+    got = form([Said('{"a": 1}\n\nText: more', (1, 2), False)], [asked])
+    assert got["json_parses"].all() and got["schema"].all() and got["ends"].all() and got["right"].all()
+
+
+def test_a_prompt_says_plain_by_true_or_false(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "plain": "yes"}) + "\n")
+    with pytest.raises(BadData, match="plain: expected true or false"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("name, form", [("autogptq-gptq", AWQ), ("autogptq-gptq", GPTQ_V2), ("autoawq-awq", GPTQ_V2)])
+def test_repacking_changes_no_weight(name, form, tmp_path):
+    repack(COMMITTED / name, tmp_path / "out", form)
+    before, after = (load_simulated(f).state_dict() for f in (COMMITTED / name, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_repacked_file_loads_where_the_original_was_refused(tmp_path):
+    """GPTQModel does not read what auto-gptq wrote; the same codes in AWQ's order it does, with the same answers."""
+    repack(COMMITTED / "autogptq-gptq", tmp_path / "out", AWQ)
+    engine = {"GPTQModel": ENGINES["GPTQModel"]}
+    found = matrix({"before": COMMITTED / "autogptq-gptq", "after": tmp_path / "out"}, engine)
+    assert not found["before"]["GPTQModel"].loads
+    after = found["after"]["GPTQModel"]
+    assert after.loads and after.right == after.asked == 20
+
+
+def test_what_cannot_be_repacked_says_so(tmp_path):
+    with pytest.raises(FormatError, match="no uniform grid"):
+        repack(COMMITTED / "bitsandbytes-nf4", tmp_path / "out", AWQ)
+    with pytest.raises(BadCheckpoint):
+        repack(tmp_path, tmp_path / "out", AWQ)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_guide_has_a_row_a_method_and_a_chapter_for_each():
+    rows = table()
+    assert list(rows.index) == list(ENTRIES) and not rows.isin(["not measured"]).any().any()
+    assert all((DATA.parent / "chapters" / e.where).is_file() for e in ENTRIES.values())
+    assert linked().data.count("|") > 30
+
+
+def test_an_audit_refuses_what_is_no_verdict_or_cannot_be_decided():
+    found = audit.Audit()
+    for number, verdict, decide in ((25, audit.HOLDS, ""), (1, "true", ""), (1, audit.UNDECIDED, "")):
+        with pytest.raises(audit.UnknownClaim):
+            found.say(number, "x", verdict, "", "", decide=decide)
+    found.say(1, "x", audit.UNDECIDED, "y", "z", audit.GPTQ, "make gpu")
+    assert found.missing() == list(range(2, 25)) and "`make gpu`" in found.table().data
+    assert "https://arxiv.org/abs/2210.17323" in found.table().data
+
+
+def test_plans_beat_uniform_settings_and_lose_to_none():
+    found = audit.plans_against_uniform()
+    assert len(found) == 10 and list(found.values()).count(-1) == 9 and 1 not in found.values()
+
+
+def test_nf4_against_uniform_grids_on_the_real_model():
+    """C8: better than the symmetric grid by far more than half a point, worse than the asymmetric one."""
+    found = audit.grids_on_the_real_model()
+    assert (found["INT4, symmetric"] - found["NF4"] > 2).all() and (found["INT4, asymmetric"] < found["NF4"]).all()
+    assert np.isfinite(found.to_numpy()).all()
+
+
+def test_the_committed_audit_has_a_verdict_for_every_claim():
+    text = (DATA.parent / "chapters" / "11_audit.ipynb").read_text()
+    assert all(any(f"C{n}: {verdict}" in text for verdict in audit.VERDICTS) for n in range(1, 25))
+    assert "24 of 24 claims have a verdict" in text
+
+
+def test_cases_of_the_record():
+    rows = record_table()
+    assert set(rows.loc["bundled"].index) == set(CASES)
+    assert set(rows["exit status"]) <= {0, 98, 99}
