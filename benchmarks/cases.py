@@ -7,12 +7,11 @@ data/results/cases.json: of each model and case the gates, the verdict with its 
 import argparse
 import contextlib
 import io
-import json
-
 from tqdm import tqdm
 
 from helpers import compare
 from helpers.book import BUILD
+from helpers.harness import report
 from helpers.harness.allocate import save_plan
 from helpers.harness.cases import CASES, Case
 from helpers.harness.variants import Original
@@ -35,15 +34,16 @@ def methods(case: Case, model: str) -> list[str]:
 
 
 def run(case: Case, model: str) -> dict:
-    """One comparison: its exit status and what results.json says of it."""
+    """One comparison, run now if its results.json is not there: the exit status, and what results.json says."""
     out = BUILD / "cases" / f"{model}-{case.name}"
     argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),
             "--methods", *methods(case, model)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = compare.main(argv)
-    found = json.loads((out / "results.json").read_text())
+    if not (out / "results.json").is_file():
+        with contextlib.redirect_stdout(io.StringIO()):
+            compare.main(argv)
+    found = report.read(out / "results.json")
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
-    return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
+    return {"exit_status": compare.STATUS[found["verdict"]["outcome"]], "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
             "verdict": found["verdict"], "variants": {v["name"]: {k: v[k] for k in keep} for v in found["variants"]}}
 
 

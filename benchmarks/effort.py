@@ -1,168 +1,120 @@
-"""Effort of ours and the toolkits, in turn: seconds to a 4-bit file and to a first answer: `python -m benchmarks.effort`, on
-two quiet cores; a run that was stopped goes on.
+"""Seconds to a 4-bit file and to a first answer, ours and the toolkits' in turn: `python -m benchmarks.effort`, some 12 minutes
+on two quiet cores; a run that was stopped goes on. Writes data/results/effort.json.
 
-Each run is a process of its own, not warmed up, whose start is not counted. All see the same calibration windows, as few as
-autoawq can do in minutes. Ours is counted from the 16-bit folder to the file, hashes included (`seconds`). Of a toolkit
-`seconds` is its quantize call alone, so without loading and saving; `with_imports` adds those, and its own imports, which
-cannot be told apart from outside. bitsandbytes quantizes while it loads: its `seconds` is that load, and it leaves no file.
-Writes the seconds of every run to data/results/effort.json.
-"""
+Each run is a process of its own, not warmed up, whose start is not counted; all see the same calibration windows. Of ours
+`seconds` is from the 16-bit folder to the file, hashes included; of a toolkit its quantize call (`with_imports` adds loading,
+saving and its imports); of bitsandbytes, which quantizes while it loads, that load. Ratios and shares are of medians."""
 
 import argparse
+import json
 import shutil
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
 from pathlib import Path
 from pkgutil import resolve_name
+from statistics import median
+from time import perf_counter
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.speed import LARGER, random_model
-from helpers.files import folder_hash, key_hash
-from helpers.harness.compare import circumstances
+from helpers.files import code_hash, folder_hash, key_hash, write_atomically
 from helpers.measure.memory import alone
-from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
-from helpers.methods.nf4 import Nf4
 from helpers.models.checkpoint import quantize_to
-from helpers.models.source import BUNDLED, Source, load, shell
+from helpers.models.method import Method
+from helpers.models.source import BUNDLED, load, shell
 from helpers.models.texts import calibration, windows
-from helpers.models.walk import Stream
-from helpers.results import RESULTS, Record, save, versions_in
-from helpers.store import Store
-from helpers.toolkits.artefacts import reload
+from helpers.results import RESULTS, Record, machine, save, versions, versions_in
+from helpers.toolkits.artefacts import ARTEFACTS, reload
 from helpers.toolkits.bitsandbytes import config, usable
 from helpers.toolkits.process import ORIGINALS, ROOT, Job, run
 
-PARTIAL = ROOT / ".cache" / "effort"  # runs and files so far; removed when the record is written
-METHODS = {"NF4": Nf4(), "GPTQ": Gptq(), "AWQ": Awq()}
-TOOLKITS = {"auto-gptq GPTQ": ("autogptq", "gptq", True), "GPTQModel GPTQ": ("gptqmodel", "gptq", False),
-            "autoawq AWQ": ("autoawq", "awq", True), "GPTQModel AWQ": ("gptqmodel", "awq", False)}
-ANSWERS = ("16 bits", "bitsandbytes NF4", "NF4 file", "GPTQ file", "AWQ file")  # the files are ours, the loaders transformers'
-PAIRS = {"ours": ("ours GPTQ", "ours AWQ"), "GPTQModel": ("GPTQModel GPTQ", "GPTQModel AWQ"),
-         "archived": ("auto-gptq GPTQ", "autoawq AWQ")}
-SIDES = (*(f"ours {m}" for m in METHODS), *TOOLKITS, *ANSWERS)
-PARTS = {"gram": "helpers.models.method.Gram.add", "factor": "helpers.quantizers.gptq.feedback_factor",
-         "solve": "helpers.methods.gptq.gptq", "scale_search": "helpers.methods.awq.scale_folds",
-         "clip_search": "helpers.quantizers.awq.clip_by_gram", "round_awq": "helpers.quantizers.awq.quantize_awq",
-         "round_nf4": "helpers.methods.nf4.quantize_nf4", "layout": "helpers.models.walk.look",
-         "pack": "helpers.models.checkpoint.Writer.add", "write": "helpers.models.checkpoint.Writer.finish"}
-
-
-def timed(function: Callable, part: str, spent: Counter) -> Callable:
-    """The function, its seconds added to spent[part]."""
-    @wraps(function)
-    def inner(*args, **kwargs):
-        started = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            spent[part] += time.perf_counter() - started
-    return inner
+PARTIAL, LENGTH = ROOT / ".cache" / "effort", 128  # runs and files so far, removed when the record is written; tokens a window
+TOOLKITS = ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq")
+ANSWER = ("16 bits", "bitsandbytes-nf4", "file-nf4", "file-gptq", "file-awq")  # the files are ours, the loaders transformers'
+SIDES = ("ours-nf4", "ours-gptq", "ours-awq", *TOOLKITS, *ANSWER)
+PAIRS = {"ours": ("ours", "ours"), "GPTQModel": ("gptqmodel", "gptqmodel"), "archived": ("autogptq", "autoawq")}
+PARTS = {"gram": "models.method.Gram.add", "factor": "quantizers.gptq.feedback_factor", "solve": "methods.gptq.gptq",
+         "scale search": "methods.awq.scale_folds", "clip search": "quantizers.awq.clip_by_gram", "layout": "models.walk.look",
+         "error": "models.quantize.output_error", "pack": "models.checkpoint.Writer.add",
+         "write": "models.checkpoint.Writer.finish"}
 
 
 def ours(folder: Path, method: str, tokens, out: Path) -> dict[str, float]:
-    """Seconds from folder to file `out`, and by part: `solve` without `factor`, `rest` is forward passes and reading; the parts
-    add up to `seconds`. `one_pass`: all tokens once through the blocks of a model in memory, beside it."""
+    """Seconds from folder to file `out`, and by parts that add up to them: `solve` is without `factor`, `error` is what notes
+    say of GPTQ's error, `rest` is reading, forward passes, and rounding as far as it is in no other part."""
+    def timed(function: Callable, part: str) -> Callable:
+        def inner(*args, **kwargs):
+            spent[part] -= perf_counter()
+            result = function(*args, **kwargs)
+            spent[part] += perf_counter()
+            return result
+        return inner
     shell(folder)  # imports the model's class
-    spent: Counter = Counter()
+    spent = dict.fromkeys(("seconds", *PARTS), 0.0)
     with ExitStack() as stack:
         for part, target in PARTS.items():
-            stack.enter_context(patch(target, timed(resolve_name(target), part, spent)))
-        started = time.perf_counter()
-        quantize_to(out, folder, METHODS[method], tokens)
-        seconds = time.perf_counter() - started
-    spent["solve"] -= spent["factor"]
-    parts = {part: s for part, s in spent.items() if s} | {"rest": seconds - spent.total()}
-    source = Source.of(load(str(folder)).model)
-    stream, started = Stream.start(source, tokens), time.perf_counter()
-    stream.through(*source.blocks)
-    return {"seconds": seconds, "one_pass": time.perf_counter() - started} | {f"part {k}": s for k, s in parts.items()}
+            stack.enter_context(patch(f"helpers.{target}", timed(resolve_name(f"helpers.{target}"), part)))
+        timed(quantize_to, "seconds")(out, folder, Method.known[method](), tokens)
+    spent["solve"] -= spent["factor"]  # which it calls
+    return spent | {"rest": 2 * spent["seconds"] - sum(spent.values())}
 
 
 def answer(way: str, folder: Path) -> dict[str, float]:
-    """Seconds until a model of `folder` is loaded and has given the first token of a prompt of 32: the second time in this
-    process, and the first time (`cold_`), which imports what the loader needs. 16 bits and files of GPTQ and AWQ are computed
-    in fp32, NF4 in what bitsandbytes makes of it."""
-    def from_sixteen_bits():
-        return usable(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config("nf4"), device_map="cpu").eval())
-
-    loader = {"16 bits": lambda: load(str(folder)).model, "bitsandbytes NF4": from_sixteen_bits}.get(way, lambda: reload(folder))
-    ids, found = torch.arange(5, 37)[None], {}
+    """Seconds until the model in `folder` is loaded, and has given the first token after a prompt of 32: the first time in this
+    process (`cold_`), which imports what the loader needs, and the second. 16 bits and files of GPTQ and AWQ in fp32."""
+    options, found = {"16 bits": {"dtype": torch.float32}, "bitsandbytes-nf4": {"quantization_config": config("nf4")}}, {}
     for prefix in ("cold_", ""):
-        started = time.perf_counter()
-        model = loader()
-        loaded = time.perf_counter()
+        started = perf_counter()
+        model = (usable(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **options[way]).eval())
+                 if way in options else reload(folder))
+        found[f"{prefix}seconds"] = perf_counter() - started
         with torch.inference_mode():
-            model(ids).logits[0, -1].argmax()
-        found |= {f"{prefix}seconds": loaded - started, f"{prefix}first_token": time.perf_counter() - started}
+            model(torch.arange(5, 37)[None]).logits[0, -1].argmax()
+        found[f"{prefix}first_token"] = perf_counter() - started
     return found
 
 
 def measured(side: str, source: Path, tokens, files: Path) -> dict[str, float]:
-    """One run of one side on the model in folder `source`; its own file is left in `files`. Raises ToolkitMissing,
-    ToolkitFailed and Died."""
+    """One run of a side on the model in folder `source`; files go to `files`. Raises ToolkitMissing, ToolkitFailed and Died."""
     if side in TOOLKITS:
-        module, method, originals = TOOLKITS[side]
-        report = run(module, Job(method, str(source), tokens), files / side, originals, 7200)
+        spec = ARTEFACTS[side]
+        report = run(spec.toolkit, Job(spec.method, str(source), tokens), files / side, spec.originals, 7200)
         return {"seconds": report["quantize_seconds"], "with_imports": report["seconds"]}
-    method = side.removeprefix("ours ").removesuffix(" file")
-    if side.startswith("ours "):
-        return alone(ours, source, method, tokens, files / method)
-    if side.endswith(" file") and not (files / method).is_dir():
-        quantize_to(files / method, source, METHODS[method], tokens)
-    return alone(answer, side, files / method if side.endswith(" file") else source)
+    out = files / side.partition("-")[2]
+    if "ours" in side:
+        return alone(ours, source, out.name, tokens, out)
+    return alone(answer, side, out if "file" in side else source)
 
 
-def summary(runs: Mapping[str, list[dict[str, float]]]) -> dict:
-    """{quantize, answer: {side: {what: seconds of each run}}}, and of the medians GPTQ / AWQ by whose they are, and the share
-    of our GPTQ that its Hessian takes: summing it up (`gram`), and with its factorisation."""
-    lists = {side: {what: [r[what] for r in rows] for what in rows[0]} for side, rows in runs.items()}
-    middle = {side: {what: statistics.median(v) for what, v in whats.items()} for side, whats in lists.items()}
-    gptq = middle["ours GPTQ"]
-    return {"quantize": {s: lists[s] for s in SIDES if s not in ANSWERS} | {"bitsandbytes NF4": {
-                k: v for k, v in lists["bitsandbytes NF4"].items() if k.endswith("seconds")}},
-            "answer": {s: lists[s] for s in ANSWERS},
-            "gptq_over_awq": {who: middle[g]["seconds"] / middle[a]["seconds"] for who, (g, a) in PAIRS.items()},
-            "hessian_share_of_gptq": {"gram": gptq["part gram"] / gptq["seconds"],
-                                      "with_factor": (gptq["part gram"] + gptq["part factor"]) / gptq["seconds"]}}
-
-
-def main(repeats: Mapping[str, int], count: int, length: int, out: Path, work: Callable = measured, at: Path = PARTIAL) -> Path:
-    """Measure these models, {bundled or larger: repeats}; the record's path."""
-    tokens = windows(calibration(load().tokenizer), length, count)
-    data = {"calibration": {"name": "instructions", "length": length, "windows": len(tokens), "tokens": count * length},
-            "originals": versions_in(ORIGINALS), "threads": torch.get_num_threads(), "models": {}}
-    for name, times in repeats.items():
-        source = BUNDLED if name == "bundled" else random_model(LARGER, at / "larger")
-        key = {"weights": folder_hash(source), "tokens": key_hash(tokens), "originals": data["originals"], **circumstances()}
-        runs: dict[str, list] = {side: [] for side in SIDES}
-        for n in tqdm(range(times), desc=name):
-            for side, rows in runs.items():
-                cell = Store(at / "cells").get(side, key | {"side": side, "repeat": n}, lambda side=side, source=source: {
-                    k: np.array(v) for k, v in work(side, source, tokens, at / f"{name} files").items()})
-                rows.append({k: float(v) for k, v in cell.arrays.items()})
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shell(source).config).parameters())
-        data["models"][name] = {"parameters": parameters, "repeats": times} | summary(runs)
-    path = save(Record("effort", data, seed=0, model_sha256=folder_hash(BUNDLED)), out)
+def main(repeats: tuple[int, int], count: int, folder: Path = RESULTS, work: Callable = measured, at: Path = PARTIAL) -> None:
+    """Measure the bundled and the larger model on `count` windows, from where an earlier run in `at` stopped."""
+    tokens, models = windows(calibration(load().tokenizer), LENGTH, count), {}
+    done = json.loads(partial.read_text()) if (partial := at / "runs.json").is_file() else {}
+    same = [tokens, machine(), versions(), versions_in(ORIGINALS), code_hash(*(ROOT / "helpers").glob("*/"))]
+    for name, times in ((name, n) for name, n in zip(("bundled", "larger"), repeats, strict=True) if n):
+        source, runs = BUNDLED if name == "bundled" else random_model(LARGER, at / name), {}
+        for n, side in tqdm([(n, side) for n in range(times) for side in SIDES], desc=name):
+            if (key := key_hash([same, folder_hash(source), side, n])) not in done:
+                done[key] = work(side, source, tokens, at / f"{name} files")
+                write_atomically(partial, json.dumps(done))
+            for what, seconds in done[key].items():
+                runs.setdefault(side, {}).setdefault(what, []).append(seconds)
+        middle = {side: median(of["seconds"]) for side, of in runs.items()}
+        models[name] = {"parameters": shell(source).num_parameters(), "repeats": times, "runs": runs} | {
+            "gptq_over_awq": {maker: middle[f"{g}-gptq"] / middle[f"{a}-awq"] for maker, (g, a) in PAIRS.items()},
+            "share_of_gptq": {part: median(runs["ours-gptq"][part]) / middle["ours-gptq"] for part in ("gram", "factor")}}
+    about = {"name": "instructions", "windows": len(tokens), "length": LENGTH, "tokens": len(tokens) * LENGTH}
+    data = {"calibration": about, "originals": versions_in(ORIGINALS), "models": models}
+    print(save(Record("effort", data, seed=0, model_sha256=folder_hash(BUNDLED)), folder))
     shutil.rmtree(at)
-    return path
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=("bundled", "larger"), default=("bundled", "larger"))
-    parser.add_argument("--repeats", type=int, default=3, help="of the bundled model; the larger takes one, as autoawq needs minutes")
-    parser.add_argument("--windows", type=int, nargs=2, metavar=("COUNT", "LENGTH"), default=(8, 128), help="of calibration tokens")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    args = parser.parse_args()
-    print(main({m: args.repeats if m == "bundled" else 1 for m in args.models}, *args.windows, args.out))
+    parser.add_argument("--repeats", type=int, nargs=2, default=(3, 1), help="of the bundled and the larger model; 0: without")
+    parser.add_argument("--windows", type=int, default=8, dest="count", help=f"of {LENGTH} calibration tokens")
+    main(**vars(parser.parse_args()))

@@ -194,8 +194,12 @@ plt.show()
 # | [4 NF4](04_nf4.ipynb) | what can a better grid do, without data? |
 # | [5 GPTQ](05_gptq.ipynb) | what can columns do for each other? |
 # | [6 AWQ](06_awq.ipynb) | what can scaling do, and when? |
+# | [7 Sensitivity](07_sensitivity.ipynb) | which layers must not be 4-bit, and what is a mixed plan worth? |
+# | [9 The harness](09_harness.ipynb) | which variant passes my limits, and which differences are real? |
+# | [10 Choosing](10_choosing.ipynb) | the decision run for three uses; five ways to fail |
+# | [11 The article, audited](11_audit.ipynb) | which of its 24 claims hold? |
 #
-# Layer sensitivity, kernels and speed, the harness, the decision and the audit of the article are not written yet.
+# The chapter on kernels and speed (8) is not written yet.
 #
 # ## Exercises
 #

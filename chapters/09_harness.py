@@ -652,6 +652,6 @@ if asked:
 #    there is no upper bound. 3. To ask more questions: the gate says how many times as many.
 # </details>
 #
-# **Next**: choosing, with this harness, for three uses. *References*:
+# **Next**: [choosing](10_choosing.ipynb), with this harness, for three uses. *References*:
 # Holm 1979, Scandinavian Journal of Statistics 6, 65-70; Newcombe 1998, Statistics in Medicine 17, 2635-2650;
 # [paired comparison of quantized models](https://arxiv.org/abs/2605.28873).

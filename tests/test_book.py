@@ -67,7 +67,7 @@ def test_helpers_import_downwards():
     """Each room from those below it; nothing imports chapters, data or benchmarks."""
     floor = {"files": 0, "quantizers": 0, "results": 1, "store": 2, "models": 2, "methods": 3, "measure": 3, "toolkits": 4,
              "harness": 5, "plots": 5, "maps": 6, "quantize": 5, "page": 5, "book": 6, "colab": 6,
-             "compare": 7, "sensitivity": 7, "replay": 7, "canary": 7}
+             "compare": 7, "sensitivity": 7, "replay": 7, "rollout": 7}
     for path in (ROOT / "helpers").rglob("*.py"):
         room = path.relative_to(ROOT / "helpers").parts[0].removesuffix(".py")
         for imported in re.findall(r"^\s*(?:from|import) (helpers\.(\w+)|chapters|data\b|benchmarks)", path.read_text(), re.M):

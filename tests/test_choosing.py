@@ -45,7 +45,7 @@ def test_committed_requests_are_what_the_generator_writes(tmp_path, monkeypatch)
 def test_the_flow_on_doses():
     """As chapter 10 tells it: AWQ is stopped by KL, GPTQ passes and is judged once; int8 is the fallback."""
     d = decided(CASES["doses"])
-    assert [t.variant for t in d.trials][0] == "AWQ" and d.trials[0].outcome == FAIL
+    assert d.trials[0].variant == "AWQ" and d.trials[0].outcome == FAIL
     assert d.pick == "GPTQ" and outcome(d.judged) == PASS and d.fallback == "int8"
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 
 from helpers.files import folder_hash, write_atomically
 from helpers.harness.decide import Verdict, outcome
+from helpers.harness.gates import Gate
 from helpers.harness.measured import Measured
 from helpers.harness.ranking import ALPHA
 from helpers.harness.study import Study
@@ -121,7 +122,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -> str:
-    """How to put the pick to work, as YAML: what to deploy, in which steps, when to roll back, and onto what."""
+    """How to put the pick to work, as YAML: what to deploy, in which steps, when to roll back, and onto what. The limits of
+    `roll_back_unless` are read off single answers, and `helpers.rollout` executes them; those of `roll_back_when` are a
+    monitor's."""
     if verdict.pick is None:
         return yaml.safe_dump({"deploy": None, "because": f"verdict: {verdict.outcome}"}, sort_keys=False)
 
@@ -133,8 +136,23 @@ def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -
     return yaml.safe_dump({
         "deploy": artefact(verdict.pick), "fallback": artefact(verdict.fallback) or artefact(study.full.name),
         "canary": [{"share_of_traffic": share, "requests_at_least": 300} for share in CANARY],
+        "roll_back_unless": limits(study.gates, float(measured[study.full.name].questions.exact.mean())
+                                   if measured[study.full.name].questions is not None else None),
         "roll_back_when": [f"not ({gate})" for gate in study.gates if not gate.field.startswith(("memory", "fits", "portab"))],
         "model_sha256": folder_hash(study.full.folder)}, sort_keys=False)
+
+
+def limits(gates: Sequence[Gate], right: float | None) -> dict[str, float]:
+    """{part of an answer: its least share} as far as gates are about single answers; `right` is full precision's share."""
+    found = {"answered": 0.98}
+    for g in gates:
+        if g.field.startswith("form."):
+            found[g.field.removeprefix("form.")] = round(g.limit, 6)
+        elif g.field == "recovery" and right:
+            found["right"] = round(g.limit * right, 4)
+        elif g.field == "served errors" and g.below:
+            found["answered"] = round(1 - g.limit, 6)
+    return found
 
 
 def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,165 @@
+"""A switch between two models: promoted, rolled back for each fault, nothing lost and nothing answered twice."""
+
+import random
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from helpers import rollout as command
+from helpers.harness.gates import parse_gates
+from helpers.harness.report import limits
+from helpers.harness.rollout import (
+    PROMOTED,
+    ROLLED_BACK,
+    TOO_SHORT,
+    BadManifest,
+    Manifest,
+    Step,
+    execute,
+    parsed,
+    read_manifest,
+)
+from helpers.harness.serve import Answer, available, serving
+from helpers.measure.tasks import Example, examples
+from helpers.models.source import BUNDLED
+
+LOG = [Example("json", f"request {n}", '{"a": 1}') for n in range(400)]
+PLAN = Manifest((Step(0.1, 100), Step(0.5, 100), Step(1.0, 100)), {"answered": 0.98, "json_parses": 0.95, "ends": 0.95})
+GOOD, BROKEN, ENDLESS = '{"a": 1}', '{"a": ', "x " * 40
+
+
+def decode(ids):
+    return "".join(map(chr, ids))
+
+
+def side(text=GOOD, ended=True, fails=lambda n: False, seen=None):
+    """A model that says the same to everybody; `fails`, by the number of requests it has had."""
+    had = []
+
+    def ask(asked):
+        found = []
+        for e in asked:
+            had.append(e.id)
+            found.append(Answer([], False, "dead") if fails(len(had)) else Answer(list(map(ord, text)), ended, None))
+        if seen is not None:
+            seen.extend(e.id for e in asked)
+        return found
+
+    return ask
+
+
+def test_a_sound_pick_is_promoted_step_by_step():
+    switch = execute(PLAN, LOG, side(), side(), decode)
+    assert switch.outcome == PROMOTED and not switch.lost
+    shares = switch.table()["share"].tolist()
+    assert shares == sorted(shares) and set(shares) == {0.1, 0.5, 1.0}
+    by_pick = [n for n, (who, _) in switch.served.items() if who == "pick"]
+    assert 0 < len([n for n in by_pick if n < 100]) < 30 and all(n in by_pick for n in range(200, 400))
+
+
+@pytest.mark.parametrize("pick, broken", [
+    (side(BROKEN), "json_parses"), (side(ended=False), "ends"), (side(fails=lambda n: n > 30), "answered"),
+    (side(fails=lambda n: True), "answered")], ids=["broken JSON", "endless", "dies", "dead"])
+def test_a_fault_rolls_back_and_nothing_is_lost(pick, broken):
+    switch = execute(PLAN, LOG, side(), pick, decode)
+    assert switch.outcome == ROLLED_BACK and switch.reason.startswith(broken)
+    assert sorted(switch.served) == list(range(len(LOG))) and not switch.lost
+    assert all(answer.error is None for _, answer in switch.served.values())
+    rolled = next(n for n, row in enumerate(switch.history) if row["share"] == 0)
+    assert all(row["by the pick"] == 0 and row["by the fallback"] == 20 for row in switch.history[rolled:])
+    assert switch.served[len(LOG) - 1][0] == "fallback"
+
+
+def test_a_request_that_fails_once_is_asked_again_and_that_alone():
+    first, second = [], []
+    switch = execute(PLAN, LOG, side(seen=first), side(fails=lambda n: n == 5, seen=second), decode)
+    assert switch.outcome == PROMOTED and not switch.lost
+    assert len(set(first) & set(second)) == 1 and len(first) + len(second) == len(LOG) + 1
+
+
+def test_what_the_fallback_fails_on_too_is_named():
+    switch = execute(PLAN, LOG[:20], side(fails=lambda n: n == 3), side(), decode)
+    assert len(switch.lost) == 1 and switch.outcome == TOO_SHORT
+
+
+def test_the_same_log_goes_the_same_way():
+    a, b = (execute(PLAN, LOG, side(), side(), decode) for _ in range(2))
+    assert {n: who for n, (who, _) in a.served.items()} == {n: who for n, (who, _) in b.served.items()}
+
+
+def test_false_alarms_are_rare():
+    """A pick that is exactly as good as its limits ask (the worst case of a sound one), 300 times."""
+    alarms = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        log = [replace(e, id=f"{seed}-{n}") for n, e in enumerate(LOG)]
+
+        def pick(asked, rng=rng):
+            return [Answer(list(map(ord, GOOD if rng.random() < 0.95 else BROKEN)), True, None) for _ in asked]
+
+        alarms += execute(replace_keep({"json_parses": 0.95}), log, side(), pick, decode).outcome == ROLLED_BACK
+    assert alarms / 300 <= 0.05
+
+
+def replace_keep(keep):
+    return Manifest(PLAN.steps, keep)
+
+
+def test_a_bad_manifest_names_the_field(tmp_path):
+    good = {"deploy": {"variant": "gptq"}, "canary": [{"share_of_traffic": 1.0, "requests_at_least": 10}],
+            "roll_back_unless": {"ends": 0.9}}
+    assert parsed(good).keep == {"ends": 0.9}
+    half = {"share_of_traffic": 0.5}
+    for change, field in (({"deploy": None}, "deploy"), ({"canary": []}, "canary"), ({"canary": [half]}, "canary"),
+                          ({"roll_back_unless": {"speed": 1}}, "speed"), ({"roll_back_unless": {}}, "roll_back_unless"),
+                          ({"canary": [half | {"requests_at_least": 5}]}, "shares that rise to 1")):
+        path = tmp_path / "manifest.yml"
+        path.write_text(yaml.safe_dump(good | change))
+        with pytest.raises(BadManifest, match=f"manifest.yml.*{field}"):
+            read_manifest(path)
+    assert command.main([str(tmp_path / "none.yml"), "log", "http://127.0.0.1:1", "http://127.0.0.1:1"]) == 2
+
+
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+def test_two_real_servers(tmp_path):
+    """vLLM twice: a pick with a spoiled head is rolled back, then a sound one is killed in the middle; nothing is lost."""
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(BUNDLED, spoiled)
+    tensors = load_file(spoiled / "model.safetensors")
+    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    scale = tensors[head].float().abs().amax(1, keepdim=True)
+    tensors[head] = ((tensors[head].float() / scale).round() * scale).half()  # -1, 0 and 1 times the largest
+    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
+    asked = [e for e in examples("judge", ["tool", "json", "facts"], 20) if e.answer]
+    random.Random(0).shuffle(asked)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    plan = Manifest((Step(0.5, 20), Step(1.0, 40)), {"answered": 0.95, "json_parses": 0.9})
+
+    def switch(pick):
+        return execute(plan, asked, command.side(fallback, tokenizer, 40), pick, lambda ids: tokenizer.decode(
+            ids, skip_special_tokens=True), batch=10)
+
+    with serving(BUNDLED) as fallback, ExitStack() as bad:
+        second = bad.enter_context(serving(spoiled, timeout=300))
+        fault = switch(command.side(second, tokenizer, 40))
+
+        def dies(requests, had=[]):  # noqa: B006
+            had += requests
+            if len(had) > 5:
+                bad.close()
+            return command.side(fallback if len(had) <= 5 else second, tokenizer, 40)(requests)
+
+        death = switch(dies)
+    for found, limit in ((fault, "json_parses"), (death, "answered")):
+        assert found.outcome == ROLLED_BACK and found.reason.startswith(limit) and not found.lost
+        assert sorted(found.served) == list(range(len(asked))) and found.served[len(asked) - 1][0] == "fallback"
+
+
+def test_the_manifest_of_a_comparison_can_be_executed():
+    gates = parse_gates({"form": {"json_parses": 0.95}, "recovery": 0.9, "served": {"rate": 1, "errors": "< 0.02"}})
+    assert limits(gates, 0.8) == {"json_parses": 0.95, "right": pytest.approx(0.72), "answered": 0.98}
