@@ -7,6 +7,7 @@ data/results/cases.json: of each model and case the gates, the verdict with its 
 import argparse
 import contextlib
 import io
+
 from tqdm import tqdm
 
 from helpers import compare
@@ -43,7 +44,8 @@ def run(case: Case, model: str) -> dict:
             compare.main(argv)
     found = report.read(out / "results.json")
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
-    return {"exit_status": compare.STATUS[found["verdict"]["outcome"]], "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
+    status = compare.STATUS[found["verdict"]["outcome"]]
+    return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
             "verdict": found["verdict"], "variants": {v["name"]: {k: v[k] for k in keep} for v in found["variants"]}}
 
 

@@ -197,7 +197,7 @@ from helpers.models.texts import calibration, windows
 requests = windows(calibration(study.tokenizer), 256, 32)
 asks_recall = {"recall_4", "recall_far"} <= {e.task for e in study.judge}
 if asks_recall:
-    recall = replace(study, judge=examples("judge", ["recall_4", "recall_far"], 40))
+    recall = replace(study, judge=[*examples("judge", ["recall_4"], 30), *examples("judge", ["recall_far"], 60)])
     long = seen(short_windows(recall, requests), recall)
 table([long]).T if asks_recall else "not applicable: this model is not asked for recall"
 
@@ -609,6 +609,7 @@ audit.table()
 not_applicable = [] if asks_recall else [18]
 assert audit.missing() == not_applicable
 print(f"{len(audit.findings)} of 24 claims have a verdict")
+print(audit.counts())
 
 # %% [markdown]
 # ## Where it breaks

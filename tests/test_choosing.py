@@ -10,7 +10,7 @@ from data.cases import make
 from helpers.harness import audit, failures
 from helpers.harness.cases import CASES, decided, record_table, writers
 from helpers.harness.decide import outcome
-from helpers.harness.gates import FAIL, PASS, check_names, read_gates
+from helpers.harness.gates import FAIL, PASS, UNDECIDED, check_names, read_gates
 from helpers.harness.guide import ENTRIES, linked, table
 from helpers.harness.portability import ENGINES, matrix
 from helpers.harness.study import prepared
@@ -21,6 +21,7 @@ from helpers.models.reading import BadCheckpoint, load_simulated
 from helpers.models.repack import repack
 from helpers.models.source import DATA
 from helpers.models.texts import BadData, calibration, windows
+from helpers.results import read
 from helpers.toolkits.artefacts import COMMITTED
 
 
@@ -135,6 +136,13 @@ def test_the_committed_audit_has_a_verdict_for_every_claim():
 
 
 def test_cases_of_the_record():
-    rows = record_table()
-    assert set(rows.loc["bundled"].index) == set(CASES)
-    assert set(rows["exit status"]) <= {0, 98, 99}
+    """As chapter 10 tells them."""
+    rows = record_table().loc["bundled"]
+    assert rows["pick"].to_dict() == {"chatbot": "nf4", "condensing": "nf4", "doses": "autoround"}
+    assert set(rows["exit status"]) == {0} and rows["fallback"]["doses"] == "plan-5-bits"
+    told = read("cases").data["bundled"]
+    for case in ("chatbot", "condensing"):
+        for name in ("gptq", "awq", "autoround"):
+            of = told[case]["variants"][name]
+            assert of["outcome"] == UNDECIDED and "dies at its first token" in of["reason"]
+    assert all("fails: kl" in told["doses"]["variants"][n]["reason"] for n in ("nf4", "gptq", "awq"))

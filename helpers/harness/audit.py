@@ -53,6 +53,11 @@ class Audit:
     def missing(self) -> list[int]:
         return [n for n in range(1, COUNT + 1) if n not in self.findings]
 
+    def counts(self) -> str:
+        """How many claims have each verdict, in words."""
+        of = [f.verdict for f in self.findings.values()]
+        return ", ".join(f"{verdict}: {of.count(verdict)}" for verdict in VERDICTS)
+
     def table(self) -> Markdown:
         """All of them, in order."""
         head = ["", "the article says", "verdict", "what was seen", "where", "primary source", "decided by"]

@@ -6,24 +6,18 @@ Low-rank adapters: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1. On a 4-
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from helpers.measure.bytes import predicted_bytes
-from helpers.measure.stats import Interval
-from helpers.measure.tasks import encode_text, text
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.models.layers import blocks_of, linears
 from helpers.models.method import Method, Plan
-from helpers.models.quantize import quantized
-from helpers.models.texts import calibration, windows
 
 BASES: Mapping[str, Method] = {"16 bits": Keep(), "NF4": Nf4()}
 AT_WORK = ("activations at work", "weight dequantized")  # what every GPU needs for itself, however the rest is divided
