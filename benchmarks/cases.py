@@ -7,11 +7,12 @@ data/results/cases.json: of each model and case the gates, the verdict with its 
 import argparse
 import contextlib
 import io
+import json
 
 from tqdm import tqdm
 
 from helpers import compare
-from helpers.book import BUILD
+from helpers.book import BUILD, ROOT
 from helpers.harness import report
 from helpers.harness.allocate import save_plan
 from helpers.harness.cases import CASES, Case
@@ -42,7 +43,7 @@ def run(case: Case, model: str) -> dict:
     if not (out / "results.json").is_file():
         with contextlib.redirect_stdout(io.StringIO()):
             compare.main(argv)
-    found = report.read(out / "results.json")
+    found = json.loads(json.dumps(report.read(out / "results.json")).replace(f"{ROOT}/", ""))  # nothing of this machine
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
     status = compare.STATUS[found["verdict"]["outcome"]]
     return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],

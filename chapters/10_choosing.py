@@ -262,9 +262,9 @@ import tempfile
 
 import torch
 
+from helpers.harness.repack import repack
 from helpers.models.formats import AWQ, GPTQ_V2
 from helpers.models.reading import load_simulated
-from helpers.models.repack import repack
 from helpers.toolkits.artefacts import COMMITTED
 
 with tempfile.TemporaryDirectory() as folder:

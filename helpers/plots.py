@@ -146,7 +146,7 @@ def sweep(table: dict[str, dict], colour: str) -> None:
             ax.plot(row["kl_of_draws"], [n + 0.3] * len(row["kl_of_draws"]), "|", color="0.5", markersize=4)
             ax.annotate(f"{100 * row['exact']:.1f} %", (1.01, n), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         ax.set_yticks(range(len(values)), ["whole row" if v == "-1" else v for v in values], fontsize=9)
-        ax.tick_params(axis="x", labelsize=8)
+        ax.tick_params(labelsize=8)
         ax.set(title=knob, ylim=(len(values) - 0.5, -0.5))
         estimates = [row["kl"][0] for row in values.values()]
         if max(estimates) > 20 * min(estimates):
@@ -244,9 +244,7 @@ def flow(ax, trials: Iterable[tuple[str, str, str, str]], ends: Iterable[tuple[s
 def recipes(ax, table: Mapping[str, tuple[float, float, float]]) -> None:
     """KL of each recipe with its interval, from above; the colour is that of the method its name begins with."""
     for y, (name, (estimate, low, high)) in enumerate(table.items()):
-        kind = next((m for m in METHODS if name.lower().startswith(m)), "rtn")
-        colour, marker = METHODS[kind]
+        colour, marker = METHODS[next((m for m in METHODS if name.lower().startswith(m)), "rtn")]
         ax.errorbar(estimate, y, xerr=[[estimate - low], [high - estimate]], fmt=marker, color=colour, capsize=2)
-    ax.set(yticks=range(len(table)), ylim=(len(table) - 0.5, -0.5), xlim=(0, None))
-    ax.set_yticklabels(list(table), fontsize=8)
-    ax.tick_params(axis="x", labelsize=8)
+    ax.set(yticks=range(len(table)), ylim=(len(table) - 0.5, -0.5), xlim=(0, None), yticklabels=list(table))
+    ax.tick_params(labelsize=8)

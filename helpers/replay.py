@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from helpers import book
 from helpers.compare import STATUS
-from helpers.harness.gates import GATES, Gate
+from helpers.harness.gates import Gate
 from helpers.harness.load import load
+from helpers.harness.quantities import GATES
 from helpers.harness.serve import EngineMissing, Server, answers
 from helpers.harness.served import shadow
 from helpers.harness.stream import EngineFailed

@@ -13,12 +13,12 @@ from helpers.harness.decide import outcome
 from helpers.harness.gates import FAIL, PASS, UNDECIDED, check_names, read_gates
 from helpers.harness.guide import ENTRIES, linked, table
 from helpers.harness.portability import ENGINES, matrix
+from helpers.harness.repack import repack
 from helpers.harness.study import prepared
 from helpers.measure.answers import Said, form
 from helpers.measure.tasks import Example, examples, read_prompts
 from helpers.models.formats import AWQ, GPTQ_V2, FormatError
 from helpers.models.reading import BadCheckpoint, load_simulated
-from helpers.models.repack import repack
 from helpers.models.source import DATA
 from helpers.models.texts import BadData, calibration, windows
 from helpers.results import read

@@ -6,7 +6,7 @@ that misses its limit passes at most one time in twenty, one that keeps it fails
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,27 @@ import numpy as np
 import yaml
 
 from helpers.harness.measured import Measured, NotMeasured
+from helpers.harness.quantities import (
+    Quantity,
+    agreement,
+    delta_nll,
+    errors,
+    exact,
+    exactly,
+    form,
+    kl,
+    percentile,
+    perplexity,
+    portability,
+    recovery,
+    speed,
+)
 from helpers.harness.strict import Strict
-from helpers.measure.stats import Interval, quantile_interval, ratio_interval, recovery_interval, share_interval
+from helpers.measure.stats import Interval
 
 SCHEMA = json.loads(Path(__file__).with_name("gates.schema.json").read_text())
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
-GATES = 0.9  # confidence of the intervals
 SLACK = 1e-9  # to be just as much is enough, whatever it was rounded to
-Quantity = Callable[[Measured, Measured], Interval]  # of (the variant, full precision)
 
 
 class BadGates(ValueError):
@@ -77,83 +90,6 @@ def shown(i: Interval) -> str:
     return f"{i.estimate:.4g}" if i.low == i.high else f"{i.estimate:.4g} [{i.low:.4g}, {i.high:.4g}]"
 
 
-def exactly(value: float) -> Interval:
-    return Interval(float(value), float(value), float(value))
-
-
-def _ratio(sums: np.ndarray, tokens: np.ndarray) -> Interval:
-    if len(tokens) < 2:
-        raise NotMeasured("a single text: nothing can be said of others")
-    return ratio_interval(sums, tokens, GATES)
-
-
-def recovery(task: str) -> Quantity:
-    def of(variant: Measured, full: Measured) -> Interval:
-        after, before = variant.right(task), full.right(task)
-        if not before.any():
-            raise NotMeasured(f"full precision has none of {len(before)} answers right: ask what it can do")
-        return recovery_interval(after, before, GATES)
-
-    return of
-
-
-def exact(task: str) -> Quantity:
-    return lambda variant, _: share_interval(variant.right(task).sum(), len(variant.right(task)), GATES)
-
-
-def agreement(_: str) -> Quantity:
-    def of(variant: Measured, _: Measured) -> Interval:
-        sums = variant.sums("overall")
-        return _ratio(sums.agree, sums.tokens)
-
-    return of
-
-
-def kl(name: str) -> Quantity:
-    def of(variant: Measured, _: Measured) -> Interval:
-        sums = variant.sums(name)
-        return _ratio(sums.kl, sums.tokens)
-
-    return of
-
-
-def delta_nll(name: str) -> Quantity:
-    def of(variant: Measured, full: Measured) -> Interval:
-        after, before = variant.sums(name), full.sums(name)
-        return _ratio(after.nll - before.nll, after.tokens)
-
-    return of
-
-
-def perplexity(name: str) -> Quantity:
-    def of(variant: Measured, _: Measured) -> Interval:
-        sums = variant.sums("texts" if name == "overall" else name)
-        return Interval(*np.exp(_ratio(sums.nll, sums.tokens)))
-
-    return of
-
-
-def form(part: str) -> Quantity:
-    def of(variant: Measured, _: Measured) -> Interval:
-        holds = variant.form_of(part)
-        return share_interval(holds.sum(), len(holds), GATES)
-
-    return of
-
-
-def percentile(what: str, q: float, rate: float | None = None) -> Quantity:
-    return lambda variant, _: quantile_interval(variant.latency_of(what, rate), q, GATES)
-
-
-def errors(rate: float) -> Quantity:
-    return lambda variant, _: share_interval(*variant.errors_at(rate), GATES)
-
-
-def portability(variant: Measured, _: Measured) -> Interval:
-    works, unknown = variant.engines()
-    return Interval(works, works, works + unknown)
-
-
 def read_gates(path: Path) -> list[Gate]:
     """The gates of a YAML file. Raises BadGates naming file, field and what was expected."""
     try:
@@ -202,8 +138,7 @@ def _gates(asked: Mapping) -> Iterator[Gate]:
     if served := asked.get("served"):
         yield from _percentiles(served, served["rate"])
         yield from _limits("served errors", errors(served["rate"]), served.get("errors", []), served["rate"])
-        yield from _limits("served tokens/s", lambda v, _: exactly(v.tokens_per_second_at(served["rate"])),
-                           served.get("tokens_per_second", []), served["rate"])
+        yield from _limits("served tokens/s", speed(served["rate"]), served.get("tokens_per_second", []), served["rate"])
     yield from _limits("memory_bytes", lambda v, _: exactly(v.bytes), asked.get("memory_bytes", []))
     yield from _limits("memory_share", lambda v, full: exactly(v.bytes / full.bytes), asked.get("memory_share", []))
     yield from _limits("peak_bytes", lambda v, _: exactly(v.peak()), asked.get("peak_bytes", []))
