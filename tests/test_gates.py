@@ -37,8 +37,9 @@ EVERY = {
     "ttft_ms: p(95) < 450": ["ttft_ms p(95) < 450"], "itl_ms: [p(50) < 1, ' p(99)<2.5e1']": [
         "itl_ms p(50) < 1", "itl_ms p(99) < 25"],
     "e2el_ms: p(90) > 3": ["e2el_ms p(90) > 3"],
-    "served: {rate: 0.5, ttft_ms: p(95) < 450, errors: '< 0.01'}": [
-        "served at 0.5/s, ttft_ms p(95) < 450", "served errors < 0.01"],
+    "served: {rate: 0.5, ttft_ms: p(95) < 450, errors: '< 0.01', tokens_per_second: '> 10'}": [
+        "served at 0.5/s, ttft_ms p(95) < 450", "served errors < 0.01", "served tokens/s > 10"],
+    "memory_share: '< 0.5'": ["memory_share < 0.5"],
     "memory_bytes: '< 5e6'": ["memory_bytes < 5e+06"], "peak_bytes: '< 5e6'": ["peak_bytes < 5e+06"],
     "fits: {gpu_gb: 24, context: 8192}": ["fits 24 GB at 1 x 8192 tokens: share of it < 1"],
     "portability: 2": ["portability > 1.5"]}
