@@ -138,7 +138,15 @@ for ax, d in zip(axes, decisions.values(), strict=True):
 from helpers.harness.cases import record_table
 
 cases = record_table()
-cases.map(lambda x: "; ".join(part[:140] for part in str(x).split("; "))) if isinstance(cases, pd.DataFrame) else cases
+cases.drop(columns="not passing") if isinstance(cases, pd.DataFrame) else cases
+
+# %% [markdown]
+# Why the others do not pass:
+
+# %% tags=["nbval-ignore-output"]
+if isinstance(cases, pd.DataFrame):
+    for (whose, case), reasons in cases["not passing"].items():
+        print(f"{whose}, {case}", *(part[:118] for part in reasons.split("; ")), sep="\n    ")
 
 # %% [markdown]
 # On the bundled model NF4 is picked for the chatbot and for the reports, AutoRound for the doses. The article's choices: NF4
