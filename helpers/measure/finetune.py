@@ -23,34 +23,35 @@ BASES: Mapping[str, Method] = {"16 bits": Keep(), "NF4": Nf4()}
 AT_WORK = ("activations at work", "weight dequantized")  # what every GPU needs for itself, however the rest is divided
 
 
-def finetuning_bytes(config: PretrainedConfig, base: Plan | Method | None, rank: int | None, tokens: int,
+def finetuning_bytes(config: PretrainedConfig, base: Plan | Method | None, rank: int | None, tokens: int, *,
                      adapter_bytes: int = 2) -> dict[str, int]:
     """{part: bytes} of a training step with Adam on `tokens` tokens at once, gradient checkpointing at each block.
 
-    `rank` None trains every weight in mixed precision, 2 + 2 + 4 + 4 + 4 bytes each (ZeRO, arXiv 1910.02054). Else the base is
-    frozen, in the format of `base` (None: 16 bits), and each linear inside the blocks has an adapter of rank x (inputs +
-    outputs) numbers: they and their gradients in `adapter_bytes` each, Adam's two moments in fp32, as QLoRA's qlora.py has
-    them (paged_adamw_32bit). So far exact. Of the activations, each block's input is kept in 16 bits ("full recomputation" in
-    arXiv 2205.05198); those at work at one time are bounded by what transformers was seen to allocate for Llama models
-    (tests/test_finetune.py): 8 bytes a token for each input and output of a block's linears, or 14 for each logit.
-    Not in it: CUDA's context, fragmentation. Raises ValueError for a quantized base that is to be trained.
+    `rank` None trains every weight in mixed precision, 2 + 2 + 4 + 4 + 4 bytes each (ZeRO, arXiv 1910.02054, section 3.1).
+    Else the base is frozen, in the format of `base` (None: 16 bits), and each linear inside the blocks has an adapter of rank
+    x (inputs + outputs) numbers: they and their gradients in `adapter_bytes` each, Adam's two moments in fp32, as
+    `paged_adamw_32bit` in QLoRA's qlora.py has them. Exact integers so far. Two parts are an upper bound from
+    shapes, not measured: 2 bytes for each block's input (the "full recomputation" of arXiv 2205.05198);
+    and, at work at one time, either one block, inputs and outputs of its linears in 16 bits and their gradients, twice over for
+    norms, activation function and rotation, or logits, a 16-bit copy, two fp32 ones and a gradient of each.
+    Not in it: the CUDA context, fragmentation. Raises ValueError for a quantized base that is to be trained.
     """
     if rank is None and base is not None:
         raise ValueError(f"{base}: codes have no gradient; full fine-tuning (rank None) is of 16-bit weights")
     with torch.device("meta"):  # shapes without memory
         model = AutoModelForCausalLM.from_config(config)
-    shape, inside = config.get_text_config(), [m for _, m in linears(model)]
+    text, inside = config.get_text_config(), [m for _, m in linears(model)]
     widest = max(sum(m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear))
                  for block in blocks_of(model)[1])
     if rank is None:
-        n = model.num_parameters()
+        n, held = model.num_parameters(), {}
         held = {"weights": 2 * n, "gradients": 2 * n, "weights in fp32": 4 * n, "Adam's moments": 8 * n}
     else:
         n = sum(rank * (m.in_features + m.out_features) for m in inside)
         held = {"weights": predicted_bytes(config, base), "adapters": adapter_bytes * n, "gradients": adapter_bytes * n,
                 "Adam's moments": 8 * n}
-    return held | {"block inputs": 2 * tokens * shape.hidden_size * shape.num_hidden_layers,
-                   "activations at work": tokens * max(8 * widest, 14 * shape.vocab_size),
+    return held | {"block inputs": 2 * tokens * text.hidden_size * text.num_hidden_layers,
+                   "activations at work": tokens * max(8 * widest, 20 * text.vocab_size),
                    "weight dequantized": 0 if base is None else 2 * max(m.weight.numel() for m in inside)}
 
 
@@ -128,49 +129,3 @@ def train(model: PreTrainedModel, windows: Sequence[Sequence[int]], steps: int, 
             optimizer.zero_grad()
             found.append(loss.item())
     return Run(np.array(found), np.array(at), np.array(seen))
-
-
-def novel(tokenizer, length: int = 128, judged: int = 32) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """(windows of Moby-Dick's even chapters to train on, `judged` windows spread over its odd ones), of `length` tokens."""
-    whole = [item.ids for item in encode_text(tokenizer, text("novel"), length) if len(item.ids) == length]
-    return windows(calibration(tokenizer, "novel"), length, 10**6), whole[::max(1, len(whole) // judged)][:judged]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Held-out loss, nats/token, after `at` [points] steps; `losses`: {base: [seeds, points, windows]}.
-
-    Intervals are Student's t over the seeds, for these windows: of 4 or 5 seeds a percentile bootstrap is too narrow.
-    """
-
-    at: np.ndarray
-    losses: dict[str, np.ndarray]
-
-    def loss(self, base: str) -> list[Interval]:
-        """After each of `at` steps, with its 95 % interval."""
-        return [over_seeds(x) for x in self.losses[base].mean(-1).T]
-
-    def difference(self, base: str, other: str) -> list[Interval]:
-        """Paired by seed: what `base` loses against `other` after each of `at` steps. Before the first all seeds agree."""
-        return [over_seeds(x) for x in (self.losses[base] - self.losses[other]).mean(-1).T]
-
-
-def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The mean with its t interval, n - 1 degrees of freedom: right where seeds are independent and differ as normal numbers
-    do. Raises ValueError for fewer than 2 values."""
-    if len(values) < 2:
-        raise ValueError(f"seeds: expected at least 2, got {len(values)}")
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
-    return Interval(float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half))
-
-
-def curves(model: PreTrainedModel, windows: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], steps: int = 30,
-           seeds: Sequence[int] = range(4), bases: Mapping[str, Plan | Method] = BASES, rank: int = 8, alpha: float = 16.0,
-           **options) -> Curves:
-    """Train adapters on each base with each seed; runs of one seed share A and their batches. `options` go to `train`."""
-    runs = {name: [] for name in bases}
-    for name, method in bases.items():
-        base = quantized(model, method)
-        for seed in seeds:
-            runs[name].append(train(with_adapters(base, rank, alpha, seed), windows, steps, seed, held_out, **options))
-    return Curves(runs[name][0].at, {name: np.stack([run.held_out for run in found]) for name, found in runs.items()})
