@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from helpers import compare
 from helpers.book import BUILD, ROOT
+from helpers.files import folder_hash
 from helpers.harness import report
 from helpers.harness.allocate import save_plan
 from helpers.harness.cases import CASES, Case
 from helpers.harness.variants import Original
 from helpers.models.method import Plan
+from helpers.models.source import BUNDLED
 from helpers.results import BadRecord, Record, read, save
 
 METHODS = ("int8", "nf4", "gptq", "awq")
@@ -60,7 +62,7 @@ def main() -> None:
         told = {}
     for model in args.models:
         told[model] = {name: run(case, model) for name, case in tqdm(CASES.items(), desc=model)}
-        print(save(Record("cases", told, command="make cases")))
+        print(save(Record("cases", told, model_sha256=folder_hash(BUNDLED), command="make cases")))
 
 
 if __name__ == "__main__":
