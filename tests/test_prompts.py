@@ -36,7 +36,7 @@ GOOD = {"prompt": "fine"}
     ([GOOD, "[1]"], ":2", "expected {\"prompt\""), ([GOOD, "null"], ":2", "expected {\"prompt\""),
     ([{"answer": "x"}], ":1", "expected {\"prompt\""), ([GOOD, {"prompt": 3}], ":2", "expected {\"prompt\""),
     ([GOOD, GOOD, {"prompt": " \n"}], ":3", "text that is not empty"),
-    ([GOOD, {"prompt": "x", "anwser": "y"}], ":2", "unknown field 'anwser': expected some of prompt, answer, task, id, schema, plain"),
+    ([GOOD, {"prompt": "x", "anwser": "y"}], ":2", "unknown field 'anwser': expected some of prompt, answer, task, id"),
     ([{"prompt": "x", "answer": 3}], ":1", "answer: expected text"),
     ([{"prompt": "x", "answer": None}], ":1", "answer: expected text"),
     ([{"prompt": "x", "task": ["a"]}], ":1", "task: expected text"), ([{"prompt": "x", "id": 7}], ":1", "id: expected text"),
