@@ -345,7 +345,7 @@ def side(lm_after):
         nonlocal had
         had += len(asked)
         told = answers_of(lm_after(had), study.tokenizer, [prompt_ids(study.tokenizer, e) for e in asked], max_new_tokens=48)
-        return [Answer(list(t.tokens), t.ended, None) for t in told]
+        return [Answer([*t.tokens, *[0] * t.ended], t.ended, None) for t in told]
 
     return ask
 

@@ -28,7 +28,7 @@ def test_bytes_by_hand(tiny):
 
 
 def test_which_gpus_hold_70b():
-    """As chapter 11 tells it: QLoRA fits one GPU of 80 GB, and two of 40; LoRA on 16 bits fits neither (two of 80: borderline)."""
+    """As chapter 11 tells it: QLoRA fits one GPU of 80 GB, and two of 40; LoRA on 16 bits neither (two of 80: borderline)."""
     lora, qlora = (finetuning_bytes(SHAPES["70B"], base, 64, 2048) for base in (None, Nf4()))
     assert fits_gpus(qlora, 80) and fits_gpus(qlora, 40, 2) and not fits_gpus(lora, 80) and not fits_gpus(lora, 40, 2)
     assert 2.5 < sum(lora.values()) / sum(qlora.values()) < 3.5

@@ -45,7 +45,7 @@ def side(text=GOOD, ended=True, fails=lambda n: False, seen=None):
         found = []
         for e in asked:
             had.append(e.id)
-            found.append(Answer([], False, "dead") if fails(len(had)) else Answer(list(map(ord, text)), ended, None))
+            found.append(Answer([], False, "dead") if fails(len(had)) else Answer([*map(ord, text), *[0] * ended], ended, None))
         if seen is not None:
             seen.extend(e.id for e in asked)
         return found
@@ -100,7 +100,7 @@ def test_false_alarms_are_rare():
         log = [replace(e, id=f"{seed}-{n}") for n, e in enumerate(LOG)]
 
         def pick(asked, rng=rng):
-            return [Answer(list(map(ord, GOOD if rng.random() < 0.95 else BROKEN)), True, None) for _ in asked]
+            return [Answer([*map(ord, GOOD if rng.random() < 0.95 else BROKEN), 0], True, None) for _ in asked]
 
         alarms += execute(replace_keep({"json_parses": 0.95}), log, side(), pick, decode).outcome == ROLLED_BACK
     assert alarms / 300 <= 0.05

@@ -134,7 +134,8 @@ def _parts(request: Example, answer: Answer, decode: Callable[[Sequence[int]], s
     """What can be said of one answer of the pick; of a failed one that it failed."""
     if answer.error is not None:
         return {"answered": False}
-    said = Said(decode(answer.tokens).strip(), tuple(answer.tokens), answer.ended)
+    tokens = answer.tokens[:-1] if answer.ended else answer.tokens  # without the end token, as `form` has them
+    said = Said(decode(tokens).strip(), tuple(tokens), answer.ended)
     found = {k: bool(np.asarray(v)[0]) for k, v in form([said], [request]).items() if k in PARTS or k == "structured"}
     wants_json = found.pop("structured")
     return {"answered": True} | {k: v for k, v in found.items() if (wants_json or k not in ("json_parses", "schema")) and (
