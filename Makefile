@@ -149,7 +149,7 @@ tests: $(ENV)
 	$(BIN)/python -m pytest
 notebooks: $(ENV)
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 chapters/*.ipynb
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 chapters/*.ipynb
 	$(BIN)/python -m helpers.book execute-other
 # Every chapter with the model of a profile in helpers/profiles.json; records go to data/results, notebooks to _build/gpu
 gpu: PROFILE = gpu
