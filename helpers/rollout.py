@@ -1,6 +1,6 @@
 """Switch to another model by a manifest, on a log of requests and two running servers: `python -m helpers.rollout --help`.
 
-Exit status: 0 promoted, 99 rolled back, 98 undecided (the log is too short), 2 bad input.
+Exit status: 0 promoted, 99 rolled back, 98 undecided (the log is too short, or has nothing that a limit is about), 2 bad input.
 """
 
 import sys

@@ -16,7 +16,7 @@ from helpers.harness.report import limits
 from helpers.harness.rollout import (
     PROMOTED,
     ROLLED_BACK,
-    TOO_SHORT,
+    UNDECIDED,
     BadManifest,
     Manifest,
     Step,
@@ -30,6 +30,8 @@ from helpers.models.source import BUNDLED
 
 LOG = [Example("json", f"request {n}", '{"a": 1}') for n in range(400)]
 PLAN = Manifest((Step(0.1, 100), Step(0.5, 100), Step(1.0, 100)), {"answered": 0.98, "json_parses": 0.95, "ends": 0.95})
+SOUND = {"deploy": {"variant": "gptq"}, "canary": [{"share_of_traffic": 1.0, "requests_at_least": 10}],
+         "roll_back_unless": {"ends": 0.9}}
 GOOD, BROKEN, ENDLESS = '{"a": 1}', '{"a": ', "x " * 40
 
 
@@ -84,7 +86,7 @@ def test_a_request_that_fails_once_is_asked_again_and_that_alone():
 
 def test_what_the_fallback_fails_on_too_is_named():
     switch = execute(PLAN, LOG[:20], side(fails=lambda n: n == 3), side(), decode)
-    assert len(switch.lost) == 1 and switch.outcome == TOO_SHORT
+    assert len(switch.lost) == 1 and switch.outcome == UNDECIDED
 
 
 def test_the_same_log_goes_the_same_way():
@@ -110,19 +112,45 @@ def replace_keep(keep):
     return Manifest(PLAN.steps, keep)
 
 
-def test_a_bad_manifest_names_the_field(tmp_path):
-    good = {"deploy": {"variant": "gptq"}, "canary": [{"share_of_traffic": 1.0, "requests_at_least": 10}],
-            "roll_back_unless": {"ends": 0.9}}
-    assert parsed(good).keep == {"ends": 0.9}
-    half = {"share_of_traffic": 0.5}
-    for change, field in (({"deploy": None}, "deploy"), ({"canary": []}, "canary"), ({"canary": [half]}, "canary"),
-                          ({"roll_back_unless": {"speed": 1}}, "speed"), ({"roll_back_unless": {}}, "roll_back_unless"),
-                          ({"canary": [half | {"requests_at_least": 5}]}, "shares that rise to 1")):
-        path = tmp_path / "manifest.yml"
-        path.write_text(yaml.safe_dump(good | change))
-        with pytest.raises(BadManifest, match=f"manifest.yml.*{field}"):
-            read_manifest(path)
-    assert command.main([str(tmp_path / "none.yml"), "log", "http://127.0.0.1:1", "http://127.0.0.1:1"]) == 2
+def step(**change):
+    return {"canary": [{"share_of_traffic": 1.0, "requests_at_least": 10} | change]}
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"deploy": None}, "deploy: None: expected a variant"), ({"canary": []}, "canary: .*at least one step"),
+    (step(share_of_traffic=0.5), "shares that rise to 1"), (step(share_of_traffic=True), "canary.0.share_of_traffic"),
+    (step(share_of_traffic="1"), "canary.0.share_of_traffic"), (step(requests_at_least=2.7), "canary.0.requests_at_least"),
+    (step(requests_at_least=0), "canary.0.requests_at_least"), (step(share=1), "'share' is unknown"),
+    ({"roll_back_unless": {"speed": 1}}, "'speed' is unknown"), ({"roll_back_unless": {}}, "roll_back_unless"),
+    ({"roll_back_unless": {"ends": 1.1}}, "roll_back_unless.ends"),
+    ({"roll_back_unless": {"ends": "0.9"}}, "roll_back_unless.ends: '0.9': expected a share"),
+    ({"roll_back_unless": {"in_time": 0.9}}, "first_token_ms"), ({"first_token_ms": 0}, "milliseconds above 0"),
+    ({"rollback": {}}, "'rollback' is unknown")])
+def test_a_bad_manifest_names_the_field(change, told, tmp_path):
+    assert parsed(SOUND).keep == {"ends": 0.9}
+    path = tmp_path / "manifest.yml"
+    path.write_text(yaml.safe_dump(SOUND | change))
+    with pytest.raises(BadManifest, match=f"manifest.yml: .*{told}"):
+        read_manifest(path)
+
+
+def test_what_is_no_manifest_is_refused_by_the_command(tmp_path, capsys):
+    path = tmp_path / "manifest.yml"
+    path.write_text("deploy:\nbecause: 'verdict: fail'\n")  # of a comparison in which nothing passed
+    for bad in (tmp_path / "none.yml", path):
+        assert command.main([str(bad), "log", "http://127.0.0.1:1", "http://127.0.0.1:1"]) == 2
+        assert bad.name in capsys.readouterr().err
+
+
+def test_a_late_pick_is_rolled_back_and_a_limit_that_nothing_shows_decides_nothing():
+    manifest = parsed(SOUND | {"roll_back_unless": {"in_time": 0.9}, "first_token_ms": 200})
+
+    def pick(ms):
+        return lambda asked: [replace(a, first_ms=ms) for a in side()(asked)]
+
+    late, fast, unknown = (execute(manifest, LOG, side(), pick(ms), decode) for ms in (300.0, 100.0, None))
+    assert (late.outcome, fast.outcome, unknown.outcome) == (ROLLED_BACK, PROMOTED, UNDECIDED)
+    assert late.reason.startswith("in_time") and unknown.reason.startswith("in_time: no answer")
 
 
 @pytest.mark.skipif(available() is not None, reason=str(available()))
@@ -161,5 +189,10 @@ def test_two_real_servers(tmp_path):
 
 
 def test_the_manifest_of_a_comparison_can_be_executed():
-    gates = parse_gates({"form": {"json_parses": 0.95}, "recovery": 0.9, "served": {"rate": 1, "errors": "< 0.02"}})
-    assert limits(gates, 0.8) == {"json_parses": 0.95, "right": pytest.approx(0.72), "answered": 0.98}
+    gates = parse_gates({"form": {"json_parses": 0.95}, "recovery": 0.9, "exact": 0.7, "served": {
+        "rate": 1, "errors": "< 0.1", "ttft_ms": "p(95) < 1000"}})
+    found = limits(gates, 0.8)
+    assert found == {"roll_back_unless": {"json_parses": 0.95, "right": pytest.approx(0.72), "answered": 0.9,
+                                          "in_time": 0.95}, "first_token_ms": 1000}
+    assert limits(gates, None)["roll_back_unless"]["right"] == 0.7
+    assert parsed(SOUND | found).first_token_ms == 1000

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonschema
 import numpy as np
 import yaml
 
@@ -31,7 +30,7 @@ from helpers.harness.quantities import (
     recovery,
     speed,
 )
-from helpers.harness.strict import Strict
+from helpers.harness.strict import Strict, wrong
 from helpers.measure.stats import Interval
 
 SCHEMA = json.loads(Path(__file__).with_name("gates.schema.json").read_text())
@@ -104,9 +103,8 @@ def read_gates(path: Path) -> list[Gate]:
 
 def parse_gates(asked: Any) -> list[Gate]:
     """The gates of what a YAML file holds. Raises BadGates naming field and what was expected."""
-    found = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(asked), key=lambda e: list(map(str, e.absolute_path)))
-    if found:
-        raise BadGates(_explained(found[0]))
+    if fault := wrong(asked, SCHEMA):
+        raise BadGates(fault)
     gates = list(_gates(asked))
     for below in (g for g in gates if g.below):
         for above in (g for g in gates if not g.below and g.field == below.field):
@@ -173,15 +171,3 @@ def _by_name(asked: Any) -> Iterator[tuple[str, Any]]:
         # YAML reads a name such as 4 or yes as something else
         yield from ((str(k), v) for k, v in asked.items()) if isinstance(asked, dict) else [("", asked)]
 
-
-def _explained(error: jsonschema.ValidationError) -> str:
-    """The field of a schema's error and what was expected there."""
-    deepest = jsonschema.exceptions.best_match([error])
-    where = ".".join(map(str, deepest.absolute_path)) or "the file"
-    known = deepest.schema.get("properties", {})
-    if deepest.validator == "additionalProperties":
-        unknown = next(k for k in deepest.instance if k not in known)
-        return f"{where}: {unknown!r} is unknown: expected some of {', '.join(known)}"
-    if deepest.validator == "required":
-        return f"{where}: expected {next(k for k in deepest.schema['required'] if k not in deepest.instance)} too"
-    return f"{where}: {deepest.instance!r}: expected {deepest.schema['title']}"

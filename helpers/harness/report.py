@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -136,23 +137,25 @@ def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -
     return yaml.safe_dump({
         "deploy": artefact(verdict.pick), "fallback": artefact(verdict.fallback) or artefact(study.full.name),
         "canary": [{"share_of_traffic": share, "requests_at_least": 300} for share in CANARY],
-        "roll_back_unless": limits(study.gates, float(measured[study.full.name].questions.exact.mean())
-                                   if measured[study.full.name].questions is not None else None),
+        **limits(study.gates, None if (full := measured[study.full.name].questions) is None else float(full.exact.mean())),
         "roll_back_when": [f"not ({gate})" for gate in study.gates if not gate.field.startswith(("memory", "fits", "portab"))],
         "model_sha256": folder_hash(study.full.folder)}, sort_keys=False)
 
 
-def limits(gates: Sequence[Gate], right: float | None) -> dict[str, float]:
-    """{part of an answer: its least share} as far as gates are about single answers; `right` is full precision's share."""
-    found = {"answered": 0.98}
+def limits(gates: Sequence[Gate], right: float | None) -> dict[str, Any]:
+    """`roll_back_unless`, the least shares of answers, as far as gates are about single answers, and `first_token_ms` if one is
+    about that; `right` is full precision's share."""
+    found, rest = {"answered": 0.98}, {}
     for g in gates:
         if g.field.startswith("form."):
             found[g.field.removeprefix("form.")] = round(g.limit, 6)
-        elif g.field == "recovery" and right:
-            found["right"] = round(g.limit * right, 4)
-        elif g.field == "served errors" and g.below:
+        elif g.field == "exact" or (g.field == "recovery" and right):
+            found["right"] = round(max(found.get("right", 0), g.limit * (1 if g.field == "exact" else right)), 4)
+        elif g.field.startswith("served errors") and g.below:
             found["answered"] = round(1 - g.limit, 6)
-    return found
+        elif (late := re.fullmatch(r"served at .*, ttft_ms p\((\d+)\)", g.field)) and g.below:
+            found["in_time"], rest["first_token_ms"] = int(late[1]) / 100, g.limit
+    return {"roll_back_unless": found, **rest}
 
 
 def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

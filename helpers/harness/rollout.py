@@ -4,25 +4,25 @@ A request that the pick fails on is asked again of the fallback, so every reques
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import yaml
 from scipy.stats import binomtest
 from tqdm import tqdm
 
 from helpers.harness.serve import Answer
-from helpers.harness.strict import Strict
+from helpers.harness.strict import Strict, wrong
 from helpers.measure.answers import Said, form
 from helpers.measure.tasks import Example
 
 Ask = Callable[[Sequence[Example]], list[Answer]]  # a server, or a model in this process
-PROMOTED, ROLLED_BACK, TOO_SHORT = "promoted", "rolled back", "undecided: the log is too short"
-PARTS = ("answered", "right", "json_parses", "schema", "ends", "no_loops")
+SCHEMA = json.loads(Path(__file__).with_name("manifest.schema.json").read_text())
+PROMOTED, ROLLED_BACK, UNDECIDED = "promoted", "rolled back", "undecided"
 ALARM = 0.05  # how often a sound pick may be rolled back
 
 
@@ -38,10 +38,11 @@ class Step(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """`keep`: {what of PARTS: the least share of the pick's answers}."""
+    """`keep`: {part of an answer: the least share of the pick's that has it}; a first token after `first_token_ms` is late."""
 
     steps: tuple[Step, ...]
     keep: dict[str, float]
+    first_token_ms: float | None = None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -54,29 +55,24 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parsed(told: Any, where: str = "manifest") -> Manifest:
-    """The same of what the file holds."""
-    if not isinstance(told, Mapping) or not told.get("deploy"):
-        raise BadManifest(f"{where}: deploy: expected a variant; there is nothing to switch to")
-    try:
-        steps = tuple(Step(float(s["share_of_traffic"]), int(s["requests_at_least"])) for s in told["canary"])
-        keep = {str(k): float(v) for k, v in told["roll_back_unless"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadManifest(f"{where}: canary and roll_back_unless: expected steps with share_of_traffic and requests_at_least, "
-                          f"and shares by name: {error!r}") from error
+    """The same of what the file holds (manifest.schema.json)."""
+    if fault := wrong(told, SCHEMA):
+        raise BadManifest(f"{where}: {fault}")
+    steps = tuple(Step(s["share_of_traffic"], s["requests_at_least"]) for s in told["canary"])
     shares = [s.share for s in steps]
-    if not steps or shares != sorted(shares) or not 0 < shares[0] <= shares[-1] == 1 or min(s.requests for s in steps) < 1:
-        raise BadManifest(f"{where}: canary: expected shares that rise to 1, each for at least one request")
-    if bad := [k for k, v in keep.items() if k not in PARTS or not 0 <= v <= 1] or ["none"] * (not keep):
-        raise BadManifest(f"{where}: roll_back_unless: {bad[0]}: expected a share from 0 to 1 of {', '.join(PARTS)}")
-    return Manifest(steps, keep)
+    if shares != sorted(shares) or shares[-1] != 1:
+        raise BadManifest(f"{where}: canary: expected shares that rise to 1")
+    if "in_time" in told["roll_back_unless"] and "first_token_ms" not in told:
+        raise BadManifest(f"{where}: roll_back_unless.in_time: expected first_token_ms too, which says what is in time")
+    return Manifest(steps, told["roll_back_unless"], told.get("first_token_ms"))
 
 
 @dataclass
 class Switch:
     """How it went: `outcome`, the reason, who gave each answer (by the request's place in the log), and a row a batch."""
 
-    outcome: str = TOO_SHORT
-    reason: str = ""
+    outcome: str = UNDECIDED
+    reason: str = "the log is too short"
     served: dict[int, tuple[str, Answer]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -104,7 +100,7 @@ def execute(manifest: Manifest, asked: Sequence[Example], fallback: Ask, pick: A
         over, share = switch.outcome == ROLLED_BACK, manifest.steps[step].share
         mine = [n for n in rows if not over and _place(asked[n]) < share]
         there = dict(zip(mine, pick([asked[n] for n in mine]), strict=True)) if mine else {}
-        judged += [_parts(asked[n], a, decode) for n, a in there.items()]
+        judged += [_parts(asked[n], a, decode, manifest.first_token_ms) for n, a in there.items()]
         again = [n for n in rows if n not in there or there[n].error is not None]
         back = dict(zip(again, fallback([asked[n] for n in again]), strict=True)) if again else {}
         switch.served |= {n: ("fallback", back[n]) if n in back else ("pick", there[n]) for n in rows}
@@ -118,9 +114,11 @@ def execute(manifest: Manifest, asked: Sequence[Example], fallback: Ask, pick: A
             switch.reason = (f"{k}: {sum(found[k])} of {len(found[k])}, at least {manifest.keep[k]:g} was to be kept; after "
                              f"{rows[-1] + 1} requests")
         in_step += len(rows)
-        if switch.outcome == TOO_SHORT and in_step >= manifest.steps[step].requests:
+        if switch.outcome == UNDECIDED and in_step >= manifest.steps[step].requests:
             if step == len(manifest.steps) - 1:
-                switch.outcome, switch.reason = PROMOTED, f"every limit kept over {len(judged)} answers of the pick"
+                unseen = [k for k in manifest.keep if k not in found]
+                switch.outcome, switch.reason = (UNDECIDED, f"{unseen[0]}: no answer can be judged by it") if unseen else (
+                    PROMOTED, f"every limit kept over {len(judged)} answers of the pick")
             step, in_step = min(step + 1, len(manifest.steps) - 1), 0
     return switch
 
@@ -130,13 +128,18 @@ def _place(request: Example) -> float:
     return int(hashlib.sha256(request.id.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def _parts(request: Example, answer: Answer, decode: Callable[[Sequence[int]], str]) -> dict[str, bool]:
+def _parts(request: Example, answer: Answer, decode: Callable[[Sequence[int]], str], in_ms: float | None) -> dict[str, bool]:
     """What can be said of one answer of the pick; of a failed one that it failed."""
     if answer.error is not None:
         return {"answered": False}
     tokens = answer.tokens[:-1] if answer.ended else answer.tokens  # without the end token, as `form` has them
     said = Said(decode(tokens).strip(), tuple(tokens), answer.ended)
-    found = {k: bool(np.asarray(v)[0]) for k, v in form([said], [request]).items() if k in PARTS or k == "structured"}
-    wants_json = found.pop("structured")
-    return {"answered": True} | {k: v for k, v in found.items() if (wants_json or k not in ("json_parses", "schema")) and (
-        k != "right" or request.answer)}
+    of = {k: v.item() for k, v in form([said], [request]).items()}
+    found = {"answered": True, "ends": of["ends"], "no_loops": of["no_loops"]}
+    if request.answer:
+        found["right"] = of["right"]
+    if of["structured"]:
+        found |= {k: of[k] for k in ("json_parses", "schema")}
+    if in_ms is not None and answer.first_ms is not None:
+        found["in_time"] = answer.first_ms <= in_ms
+    return found

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -71,6 +71,7 @@ class Answer:
     tokens: list[int]
     ended: bool  # by the model itself (its end token is then the last one), not by the limit
     error: str | None
+    first_ms: float | None = field(default=None, compare=False)  # from the request to its first token
 
 
 def available() -> str | None:
@@ -180,19 +181,20 @@ def end_of(log: str, count: int = 15) -> str:
 
 
 def _answer(server: Server, prompt: Sequence[int], new_tokens: int, seconds: float) -> Answer:
-    tokens, finish = [], None
+    tokens, finish, started, first = [], None, time.monotonic(), None
     try:
         # a model's own settings may bring a penalty, which would apply even at temperature 0
         for chunk in completion(server.url, server.model, prompt, new_tokens, seconds, repetition_penalty=1.0):
             if chunk.get("token_ids") is None:
                 raise EngineFailed("the server does not return token ids")
             tokens += chunk["token_ids"]
+            first = first or 1000 * (time.monotonic() - started)
             finish = chunk.get("finish_reason") or finish
         if finish != "stop" and not (finish == "length" and len(tokens) == new_tokens):
             raise EngineFailed(f"the answer ended after {len(tokens)} of {new_tokens} tokens, because: {finish}")
     except EngineFailed as error:
         return Answer(tokens, False, str(error))
-    return Answer(tokens, finish == "stop", None)
+    return Answer(tokens, finish == "stop", None, first)
 
 
 def answers(server: Server, prompts: Sequence[Sequence[int]], new_tokens: int, at_once: int = 8,

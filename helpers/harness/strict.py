@@ -1,7 +1,10 @@
-"""YAML in which nothing is dropped or means nothing."""
+"""YAML in which nothing is dropped or means nothing, and what a schema says of it."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import jsonschema
 import yaml
 
 
@@ -21,3 +24,19 @@ class Strict(yaml.SafeLoader):
 
 
 Strict.add_constructor("tag:yaml.org,2002:float", Strict.construct_yaml_float)
+
+
+def wrong(told: Any, schema: Mapping[str, Any]) -> str | None:
+    """The first field of `told` that is not as the schema has it and what was expected there; None if all is well."""
+    found = sorted(jsonschema.Draft202012Validator(schema).iter_errors(told), key=lambda e: list(map(str, e.absolute_path)))
+    if not found:
+        return None
+    deepest = jsonschema.exceptions.best_match([found[0]])
+    where = ".".join(map(str, deepest.absolute_path)) or "the file"
+    known = deepest.schema.get("properties", {})
+    if deepest.validator == "additionalProperties":
+        unknown = next(k for k in deepest.instance if k not in known)
+        return f"{where}: {unknown!r} is unknown: expected some of {', '.join(known)}"
+    if deepest.validator == "required":
+        return f"{where}: expected {next(k for k in deepest.schema['required'] if k not in deepest.instance)} too"
+    return f"{where}: {deepest.instance!r}: expected {deepest.schema['title']}"
