@@ -321,35 +321,20 @@ table([s for s in (perplexity, head, long) if s])
 # sound pick back at most one time in twenty. A request that the pick fails on is asked again of the fallback. Here with two
 # models in this process: the fallback in 16 bits; a sound pick, which then breaks: its head is at 2 bits from some request on.
 
-# %% tags=["nbval-ignore-output"]
-from helpers.harness.rollout import execute, parsed
-from helpers.harness.serve import Answer
-from helpers.measure.answers import prompt_ids
-from helpers.measure.answers import said as answers_of
+# %%
+from helpers.harness.rollout import execute, in_process, parsed
 
 manifest = parsed({
     "deploy": {"variant": "4 bits"}, "canary": [{"share_of_traffic": s, "requests_at_least": 40} for s in (0.25, 0.5, 1.0)],
     "roll_back_unless": {"answered": 0.98, "json_parses": 0.9, "right": 0.7}})
+asked = [e for n in range(20) for e in forms.judge[n::20]][:40]
+log = [replace(e, id=f"{e.id}-{n}") for n in range(4) for e in asked]  # 160 requests, each four times
+
+# %% tags=["nbval-ignore-output"]
 sound, spoiled = (v.load(study.device) for v in (head.failure.remedied, head.failure.provoked))
-log = [e for n in range(20) for e in forms.judge[n::20]][:40]
-log = [replace(e, id=f"{e.id}-{n}") for n in range(4) for e in log]  # 160 requests, each four times
-
-
-def side(lm_after):
-    """A model as one side of the switch; `lm_after(n)` says which answers the n-th request."""
-    had = 0
-
-    def ask(asked):
-        nonlocal had
-        had += len(asked)
-        told = answers_of(lm_after(had), study.tokenizer, [prompt_ids(study.tokenizer, e) for e in asked], max_new_tokens=48)
-        return [Answer([*t.tokens, *[0] * t.ended], t.ended, None) for t in told]
-
-    return ask
-
-
-switch = execute(manifest, log, side(lambda n: full.load(study.device)), side(lambda n: sound if n <= 30 else spoiled),
-                 study.tokenizer.decode)
+fallback = in_process(lambda n: full.load(study.device), study.tokenizer, 48)
+pick = in_process(lambda n: sound if n <= 30 else spoiled, study.tokenizer, 48)
+switch = execute(manifest, log, fallback, pick, study.tokenizer.decode)
 print(f"{switch.outcome}: {switch.reason}\n{len(switch.served)} of {len(log)} answered, {len(switch.lost)} lost")
 switch.table()
 

@@ -1,15 +1,14 @@
 """A switch between two models: promoted, rolled back for each fault, nothing lost and nothing answered twice."""
 
 import random
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from benchmarks.rollout import breaking, spoiled
 from helpers import rollout as command
 from helpers.harness.gates import parse_gates
 from helpers.harness.report import limits
@@ -156,13 +155,6 @@ def test_a_late_pick_is_rolled_back_and_a_limit_that_nothing_shows_decides_nothi
 @pytest.mark.skipif(available() is not None, reason=str(available()))
 def test_two_real_servers(tmp_path):
     """vLLM twice: a pick with a spoiled head is rolled back, then a sound one is killed in the middle; nothing is lost."""
-    spoiled = tmp_path / "spoiled"
-    shutil.copytree(BUNDLED, spoiled)
-    tensors = load_file(spoiled / "model.safetensors")
-    head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
-    scale = tensors[head].float().abs().amax(1, keepdim=True)
-    tensors[head] = ((tensors[head].float() / scale).round() * scale).half()  # -1, 0 and 1 times the largest
-    save_file(tensors, spoiled / "model.safetensors", {"format": "pt"})
     asked = [e for e in examples("judge", ["tool", "json", "facts"], 20) if e.answer]
     random.Random(0).shuffle(asked)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
@@ -173,16 +165,9 @@ def test_two_real_servers(tmp_path):
             ids, skip_special_tokens=True), batch=10)
 
     with serving(BUNDLED) as fallback, ExitStack() as bad:
-        second = bad.enter_context(serving(spoiled, timeout=300))
+        second = bad.enter_context(serving(spoiled(BUNDLED, tmp_path / "spoiled"), timeout=300))
         fault = switch(command.side(second, tokenizer, 40))
-
-        def dies(requests, had=[]):  # noqa: B006
-            had += requests
-            if len(had) > 5:
-                bad.close()
-            return command.side(fallback if len(had) <= 5 else second, tokenizer, 40)(requests)
-
-        death = switch(dies)
+        death = switch(breaking(command.side(fallback, tokenizer, 40), command.side(second, tokenizer, 40), 5, bad.close))
     for found, limit in ((fault, "json_parses"), (death, "answered")):
         assert found.outcome == ROLLED_BACK and found.reason.startswith(limit) and not found.lost
         assert sorted(found.served) == list(range(len(asked))) and found.served[len(asked) - 1][0] == "fallback"

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 from scipy.stats import binomtest
+from torch import nn
 from tqdm import tqdm
 
 from helpers.harness.serve import Answer
 from helpers.harness.strict import Strict, wrong
-from helpers.measure.answers import Said, form
+from helpers.measure.answers import Said, form, prompt_ids, said
 from helpers.measure.tasks import Example
 
 Ask = Callable[[Sequence[Example]], list[Answer]]  # a server, or a model in this process
@@ -123,6 +124,19 @@ def execute(manifest: Manifest, asked: Sequence[Example], fallback: Ask, pick: A
     return switch
 
 
+def in_process(model_after: Callable[[int], nn.Module], tokenizer, new_tokens: int) -> Ask:
+    """Models of this process as one side of a switch; `model_after(n)` gives the answers once n requests have been asked."""
+    had = 0
+
+    def ask(asked: Sequence[Example]) -> list[Answer]:
+        nonlocal had
+        had += len(asked)
+        told = said(model_after(had), tokenizer, [prompt_ids(tokenizer, e) for e in asked], max_new_tokens=new_tokens)
+        return [Answer([*t.tokens, *[tokenizer.eos_token_id] * t.ended], t.ended, None) for t in told]
+
+    return ask
+
+
 def _place(request: Example) -> float:
     """Where a request stands between 0 and 1, from its id alone."""
     return int(hashlib.sha256(request.id.encode()).hexdigest()[:8], 16) / 2**32
@@ -133,8 +147,8 @@ def _parts(request: Example, answer: Answer, decode: Callable[[Sequence[int]], s
     if answer.error is not None:
         return {"answered": False}
     tokens = answer.tokens[:-1] if answer.ended else answer.tokens  # without the end token, as `form` has them
-    said = Said(decode(tokens).strip(), tuple(tokens), answer.ended)
-    of = {k: v.item() for k, v in form([said], [request]).items()}
+    whole = Said(decode(tokens).strip(), tuple(tokens), answer.ended)
+    of = {k: v.item() for k, v in form([whole], [request]).items()}
     found = {"answered": True, "ends": of["ends"], "no_loops": of["no_loops"]}
     if request.answer:
         found["right"] = of["right"]
