@@ -339,8 +339,33 @@ print(f"{switch.outcome}: {switch.reason}\n{len(switch.served)} of {len(log)} an
 switch.table()
 
 # %% [markdown]
-# After the fault all traffic is back on the fallback, and nothing is lost. A test does the same with two vLLM servers, one of
-# which is spoiled and one killed in the middle (`tests/test_rollout.py`), and measures the false alarms. For your own:
+# After the fault all traffic is back on the fallback, and nothing is lost. The same on real servers: the manifest that `make
+# cases` left for the chatbot, executed on its requests by `python -m benchmarks.rollout`, with a sound pick, with one whose
+# head is spoiled after some requests, and with one whose server is killed then:
+
+# %% tags=["nbval-ignore-output"]
+from helpers.results import read
+
+rolled = read("rollout").data
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.2), sharey=True, layout="constrained")
+for ax, (name, went) in zip(axes, rolled["switches"].items(), strict=True):
+    batches = pd.DataFrame(went["history"])
+    ax.step(batches["requests"], batches["by the pick"] / (batches["by the pick"] + batches["by the fallback"]), where="pre")
+    ax.set(title=f"{name}:\n{went['outcome']}", xlabel="requests")
+axes[0].set(ylabel="share answered by the pick", ylim=(-0.05, 1.05))
+
+# %% [markdown]
+# *Who answered, batch by batch.*
+
+# %% tags=["nbval-ignore-output"]
+deployed = rolled["manifest"]
+print(f"pick: {deployed['deploy']['variant']}; fallback: {deployed['fallback']['variant']}; a first token is late after "
+      f"{deployed['first_token_ms']:g} ms")
+pd.DataFrame({name: {k: went[k] for k in ("outcome", "reason", "answered", "lost")} for name, went in rolled[
+    "switches"].items()}).T
+
+# %% [markdown]
+# `tests/test_rollout.py` does this with servers of its own, and measures the false alarms. For your own servers:
 #
 # ```
 # python -m helpers.rollout manifest.yml log.jsonl http://fallback http://pick
