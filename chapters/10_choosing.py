@@ -295,7 +295,7 @@ assert same
 from helpers.measure.tasks import examples
 
 if full.name and {"recall_4", "recall_far"} <= {e.task for e in study.judge}:
-    recall = replace(study, judge=[*examples("judge", ["recall_4"], 30), *examples("judge", ["recall_far"], 60)])
+    recall = replace(study, judge=[*examples("judge", ["recall_4"], 60), *examples("judge", ["recall_far"])])
     long = seen(short_windows(recall, requests), recall)
     shown = table([long]).T
 else:

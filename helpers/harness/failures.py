@@ -1,8 +1,9 @@
 """Failure modes: a variant in which one is provoked, a figure that looks fine all the same, the gate that sees it, and the
 variant in which it is remedied."""
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -77,7 +78,7 @@ def on_prose(study: Study, tokens: Sequence[Sequence[int]]) -> Failure:
     prose, text = windows([study.tokenizer.encode(t) for t in told], 256, 32), next(iter(study.passages))
     return Failure("good perplexity, poor answers", _gptq(study, "3 bits, calibrated on prose", 3, prose),
                    _gptq(study, "3 bits, calibrated on requests", 3, tokens),
-                   gate(kl="< 0.035"), gate(delta_nll={text: "< 0.02"}))
+                   gate(kl="< 0.038"), gate(delta_nll={text: "< 0.02"}))
 
 
 def rounded_head(study: Study, tokens: Sequence[Sequence[int]]) -> Failure:
@@ -91,7 +92,13 @@ def short_windows(study: Study, tokens: Sequence[Sequence[int]], bits: int = 2) 
     short = windows(calibration(study.tokenizer, "short"), 32, 256)
     return Failure("long context", _gptq(study, f"{bits} bits, calibrated on windows of 32", bits, short),
                    _gptq(study, f"{bits} bits, calibrated on windows of 256", bits, tokens),
-                   gate(recovery={"recall_far": 0.4}), gate(recovery={"recall_4": 0.85}))
+                   gate(recovery={"recall_far": 0.46}), gate(recovery={"recall_4": 0.7}))
+
+
+def redrawn(variant: Simulation, draws: int) -> list[Simulation]:
+    """The same, calibrated on its windows in other orders: in floating point each is another draw (chapter 5)."""
+    return [replace(variant, name=f"{variant.name}, draw {n}", tokens=random.Random(n).sample(list(variant.tokens), len(
+        variant.tokens))) for n in range(draws)]
 
 
 def _gptq(study: Study, name: str, bits: int, tokens: Sequence[Sequence[int]], **also) -> Simulation:
