@@ -44,10 +44,11 @@ def test_committed_requests_are_what_the_generator_writes(tmp_path, monkeypatch)
 
 
 def test_the_flow_on_doses():
-    """As chapter 10 tells it: KL stops AWQ (on some processors it is undecided), GPTQ passes and is judged once."""
+    """KL stops AWQ (it fails, or is undecided); GPTQ passes on the tuning requests and is judged once: on some processors it
+    is picked, on others its interval there reaches the limit. int8 is the fallback."""
     d = decided(CASES["doses"])
-    assert d.trials[0].variant == "AWQ" and d.trials[0].outcome != PASS
-    assert d.pick == "GPTQ" and outcome(d.judged) == PASS and d.fallback == "int8"
+    assert [t.variant for t in d.trials] == ["AWQ", "GPTQ"] and [t.outcome == PASS for t in d.trials] == [False, True]
+    assert d.pick == ("GPTQ" if outcome(d.judged) == PASS else None) and d.fallback == "int8"
 
 
 def test_writers_are_the_last_linears_of_each_part(tiny):
