@@ -26,6 +26,7 @@ from helpers.harness.rollout import (
 from helpers.harness.serve import Answer, available, serving
 from helpers.measure.tasks import Example, examples
 from helpers.models.source import BUNDLED
+from helpers.results import read
 
 LOG = [Example("json", f"request {n}", '{"a": 1}') for n in range(400)]
 PLAN = Manifest((Step(0.1, 100), Step(0.5, 100), Step(1.0, 100)), {"answered": 0.98, "json_parses": 0.95, "ends": 0.95})
@@ -181,3 +182,13 @@ def test_the_manifest_of_a_comparison_can_be_executed():
                                           "in_time": 0.95}, "first_token_ms": 1000}
     assert limits(gates, None)["roll_back_unless"]["right"] == 0.7
     assert parsed(SOUND | found).first_token_ms == 1000
+
+
+def test_switches_of_the_record():
+    """As chapter 10 shows them: a sound pick is promoted, a spoiled one and a dead one are rolled back, nothing is lost."""
+    told = read("rollout").data
+    found = told["switches"]
+    assert [s["outcome"] for s in found.values()] == [PROMOTED, ROLLED_BACK, ROLLED_BACK]
+    assert all(s["answered"] == told["requests"] and s["lost"] == 0 for s in found.values())
+    assert all(s["history"][-1]["by the pick"] == (20 if s["outcome"] == PROMOTED else 0) for s in found.values())
+    assert parsed(told["manifest"]).keep["json_parses"] == 0.93

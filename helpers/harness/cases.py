@@ -65,11 +65,11 @@ class Decided:
         return self.trials[-1].variant if self.judged and outcome(self.judged) == PASS else None
 
 
-def decided(case: Case, model: str = "bundled", device: str = "cpu", **where) -> Decided:
-    """The flow on one case, by its limits on what is read off given answers; generating answers, and a server, take minutes
-    and are left to `make compare`. `where`: revision and dtype."""
+def decided(case: Case, model: str = "bundled", device: str = "cpu", gates: Sequence[Gate] = (), **where) -> Decided:
+    """The flow on one case, by its limits, or others, on what is read off given answers; generating answers, and a server, take
+    minutes and are left to `make compare`. `where`: revision and dtype."""
     of = material(model, device=device, prompts=case.prompts(model), **where)
-    gates = [g for g in read_gates(case.gates) if g.field.startswith(READ_OFF)]
+    gates = [g for g in gates or read_gates(case.gates) if g.field.startswith(READ_OFF)]
     tune, judge = (judging(of.full, gates, part, device) for part in (of.tune, of.judge))
     first, *rest = steps(case, of, device)
     trials, judged = search(first.variant, rest, tune, judge)
@@ -119,5 +119,5 @@ def record_table() -> pd.DataFrame | str:
     return pd.DataFrame({(model, name): {
         "the article": c["article"], "verdict": c["verdict"]["outcome"], "pick": c["verdict"]["pick"] or "none",
         "fallback": c["verdict"]["fallback"] or "16 bits", "exit status": c["exit_status"],
-        "not passing": "; ".join(f"{n}: {v['reason']}" for n, v in c["variants"].items() if v["outcome"] != PASS)}
+        "reasons": {n: v["reason"] for n, v in c["variants"].items()}}
         for model, cases in told.items() for name, c in cases.items()}).T

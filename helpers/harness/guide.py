@@ -24,8 +24,8 @@ class Entry(NamedTuple):
 ENTRIES = {
     "NF4": Entry("NF4", "today, without calibration text; to train adapters on top",
                  "if an engine has to serve a file at speed", "GPTQ", "04_nf4.ipynb"),
-    "GPTQ": Entry("GPTQ", "with text like your requests, for every engine", "with text unlike them: calibrated on other text "
-                  "most of its gain is gone", "AWQ", "05_gptq.ipynb"),
+    "GPTQ": Entry("GPTQ", "with text like your requests, in the format that most engines read",
+                  "with text unlike them: calibrated on other text most of its gain is gone", "AWQ", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "the first to try of one method alone, where the engine reads desc_act",
         "if the file has to become an AWQ file", "searched scales alone", "05_gptq.ipynb"),
