@@ -8,7 +8,10 @@ import argparse
 import contextlib
 import io
 import json
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from helpers import compare
@@ -49,19 +52,27 @@ def run(case: Case, model: str) -> dict:
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
     status = compare.STATUS[found["verdict"]["outcome"]]
     return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
-            "verdict": found["verdict"], "variants": {v["name"]: {k: v[k] for k in keep} for v in found["variants"]}}
+            "verdict": found["verdict"],
+            "variants": {v["name"]: {k: v[k] for k in keep} | {"served": served(v)} for v in found["variants"]}}
+
+
+def served(variant: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """{rate: {what: its median and 95th percentile}} of what results.json has of a variant on the server."""
+    return {rate: {what: [round(float(p), 1) for p in np.percentile(load[what], (50, 95))] for what in ("ttft_ms", "itl_ms")}
+            for rate, load in variant["served"].items() if load["ttft_ms"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=ALSO, default=list(ALSO))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     try:
         told = read("cases").data
     except BadRecord:
         told = {}
-    for model in args.models:
-        told[model] = {name: run(case, model) for name, case in tqdm(CASES.items(), desc=model)}
+    for model, name in tqdm([(m, c) for m in args.models for c in args.cases]):
+        told.setdefault(model, {})[name] = run(CASES[name], model)
         print(save(Record("cases", told, model_sha256=folder_hash(BUNDLED), command="make cases")))
 
 

@@ -110,6 +110,18 @@ def writers(model) -> list[str]:
     return sorted(set(parts.values()))
 
 
+def served_table() -> pd.DataFrame | str:
+    """What the servers of `make cases` took, ms: a row for each model, case and variant."""
+    try:
+        record = read("cases")
+    except BadRecord:
+        return "nothing was compared yet: make cases"
+    return pd.DataFrame({(model, case, name): {
+        "requests/s": rate, "TTFT p95": load["ttft_ms"][1], "ITL p50": load["itl_ms"][0]}
+        for model, cases in record.data.items() for case, c in cases.items() for name, v in c["variants"].items()
+        for rate, load in v["served"].items()}).T
+
+
 def record_table() -> pd.DataFrame | str:
     """What `make cases` left: a row for each model and case."""
     try:
