@@ -157,9 +157,12 @@ cases.drop(columns="reasons") if isinstance(cases, pd.DataFrame) else cases
 # What the gates said of each variant:
 
 # %% tags=["nbval-ignore-output"]
+from textwrap import fill
+
 if isinstance(cases, pd.DataFrame):
     for (whose, case), reasons in cases["reasons"].items():
-        print(f"{whose}, {case}", *(f"{name}: {reason}"[:118] for name, reason in reasons.items()), sep="\n    ")
+        said = (fill(f"{name}: {reason}", 86, subsequent_indent=" " * 8) for name, reason in reasons.items())
+        print(f"{whose}, {case}", *said, sep="\n    ")
 
 # %% [markdown]
 # On the *bundled* model every 4-bit file passes for the chatbot and for the reports, the article's choices (NF4, GPTQ) among
