@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.cases import make
-from helpers.harness import audit, failures
+from helpers.harness import audit, carry, failures
 from helpers.harness.cases import CASES, decided, record_table, served_table, writers
 from helpers.harness.decide import outcome
 from helpers.harness.gates import FAIL, PASS, UNDECIDED, check_names, read_gates
@@ -128,6 +128,13 @@ def test_nf4_against_uniform_grids_on_the_real_model():
     found = audit.grids_on_the_real_model()
     assert (found["INT4, symmetric"] - found["NF4"] > 2).all() and (found["INT4, asymmetric"] < found["NF4"]).all()
     assert np.isfinite(found.to_numpy()).all()
+
+
+def test_nf4_is_nearer_to_16_bits_than_uniform_grids_on_the_real_model():
+    """Chapters 4 and 11: by KL, on every kind of text."""
+    for other in ("rounding", "rounding, symmetric"):
+        found = carry.real("recipes", "recipes, 4 bits: NF4", f"recipes, 4 bits: {other}")
+        assert len(found) == 3 and all(i.high < 0 for i in found.values())
 
 
 def test_the_committed_audit_has_a_verdict_for_every_claim():

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from helpers.measure.stats import Interval, paired
 from helpers.results import read
+from helpers.store import values
 
 SAID = {-1: "lower", 0: "no difference", 1: "higher"}
 VOICE_NAMES = {"novel": "real, novel", "speeches": "real, speeches", "questions": "real, questions"}
@@ -21,6 +24,20 @@ def panels(name: str) -> dict[str, dict[str, dict[str, dict]]]:
     """{whose text: {panel: {variant: measures}}} of a sweep on the bundled model (its questions) and on the small one."""
     domains = read(f"sweep_small_{name}").data["domains"]
     return {"bundled": read(f"sweep_{name}").data["sweeps"]} | {domain: told["sweeps"] for domain, told in domains.items()}
+
+
+def of_kind(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    """What a row of the real model's sweep has of one voice, or of the right answers to questions."""
+    voice = np.isin(arrays["task"], [k for k in VOICE_NAMES if k != "questions"])
+    at = arrays["task"] == kind if kind != "questions" else ~voice & np.array([" or " not in i for i in arrays["id"]])
+    return {name: values_[..., at] for name, values_ in arrays.items()}
+
+
+def real(name: str, one: str, other: str) -> dict[str, Interval]:
+    """KL of a row of the real model's sweep less that of another, nats/token, on each kind of its texts."""
+    rows = values(f"sweep_small_{name}")
+    return {label: paired(*(of_kind(rows[row], kind) for row in (one, other)), "answer_kl") for kind, label in
+            VOICE_NAMES.items()}
 
 
 def verdicts(name: str) -> pd.DataFrame:
