@@ -9,18 +9,24 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from helpers import compare
 from helpers.book import BUILD, ROOT
-from helpers.files import folder_hash
+from helpers.files import folder_hash, write_atomically
 from helpers.harness import report
 from helpers.harness.allocate import save_plan
 from helpers.harness.cases import CASES, Case
+from helpers.harness.gates import read_gates
+from helpers.harness.load import load
+from helpers.harness.serve import serving
 from helpers.harness.variants import Original
+from helpers.measure.tasks import read_prompts, render
 from helpers.models.method import Plan
 from helpers.models.source import BUNDLED
 from helpers.results import BadRecord, Record, read, save
@@ -52,14 +58,26 @@ def run(case: Case, model: str) -> dict:
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
     status = compare.STATUS[found["verdict"]["outcome"]]
     return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
-            "verdict": found["verdict"],
+            "verdict": found["verdict"], "served_bf16": in_bf16(case, model, out / "bf16.json"),
             "variants": {v["name"]: {k: v[k] for k in keep} | {"served": served(v)} for v in found["variants"]}}
+
+
+def in_bf16(case: Case, model: str, path: Path) -> dict[str, dict[str, list[float]]]:
+    """The unquantized model served in bfloat16, at the rate of the gates; what is served above is float16. {} without one."""
+    rates, full = {g.rate for g in read_gates(case.gates) if g.rate}, Original(model)
+    if rates and not path.is_file():
+        tokenizer = AutoTokenizer.from_pretrained(full.folder)
+        texts = [render(tokenizer, e)[0] for e in read_prompts(case.prompts(model))]
+        with serving(full.folder, full.folder, dtype="bfloat16") as server:
+            runs = {f"{rate:g}": load(server, full.folder, texts, rate, 64, 16, 192 / rate + 60) for rate in rates}
+        write_atomically(path, json.dumps(served({"served": {rate: vars(run) for rate, run in runs.items()}})))
+    return json.loads(path.read_text()) if rates else {}
 
 
 def served(variant: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
     """{rate: {what: its median and 95th percentile}} of what results.json has of a variant on the server."""
-    return {rate: {what: [round(float(p), 1) for p in np.percentile(load[what], (50, 95))] for what in ("ttft_ms", "itl_ms")}
-            for rate, load in variant["served"].items() if load["ttft_ms"]}
+    return {rate: {what: [round(float(p), 1) for p in np.percentile(found[what], (50, 95))] for what in ("ttft_ms", "itl_ms")}
+            for rate, found in variant["served"].items() if len(found["ttft_ms"])}
 
 
 def main() -> None:

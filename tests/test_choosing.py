@@ -165,6 +165,6 @@ def test_the_real_models_chatbot_of_the_record():
 
 
 def test_served_latency_of_the_cases():
-    """Chapter 10: on this processor the real model answers sooner in 4 bits than in float16."""
+    """Chapter 10: on this processor the real model answers sooner in 4 bits than in float16, and later than in bfloat16."""
     itl = served_table()["ITL p50"].loc[("small", "chatbot")]
-    assert all(4 * itl[n] < itl["16 bits"] for n in ("gptq", "awq"))
+    assert all(itl["16 bits, bf16"] * 1.5 < itl[n] < itl["16 bits"] / 4 for n in ("gptq", "awq"))

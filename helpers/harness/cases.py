@@ -118,7 +118,8 @@ def served_table() -> pd.DataFrame | str:
         return "nothing was compared yet: make cases"
     return pd.DataFrame({(model, case, name): {
         "requests/s": rate, "TTFT p95": load["ttft_ms"][1], "ITL p50": load["itl_ms"][0]}
-        for model, cases in record.data.items() for case, c in cases.items() for name, v in c["variants"].items()
+        for model, cases in record.data.items() for case, c in cases.items()
+        for name, v in {"16 bits, bf16": {"served": c["served_bf16"]}, **c["variants"]}.items()
         for rate, load in v["served"].items()}).T
 
 
