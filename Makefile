@@ -111,9 +111,11 @@ small: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
-# The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was stopped)
-cases: $(ENV)
+# The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was
+# stopped), and the chatbot's pick put to work on two servers
+cases: $(ENV) $(SERVING) $(LOAD)
 	$(BIN)/python -m benchmarks.cases
+	$(BIN)/python -m benchmarks.rollout
 # The figure of the README
 figures: $(ENV)
 	$(BIN)/python -m benchmarks.figures

@@ -1,7 +1,8 @@
 """The three cases of chapter 10 through `python -m helpers.compare`, on both models: `make cases`.
 
 Some 20 minutes on two cores for the bundled model, an hour for SmolLM2; goes on where it was stopped. Writes
-data/results/cases.json: of each model and case the gates, the verdict with its reasons, and the exit status.
+data/results/cases.json: of each model and case the gates, the verdict with its reasons, the exit status, and what the
+servers took, the unquantized model's in bfloat16 too.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers.files import folder_hash, key_hash
+from helpers.harness.carry import of_kind
 from helpers.harness.compare import Quality
 from helpers.harness.variants import Original, Simulation, ToolkitArtefact, Variant, loaded
 from helpers.measure.quality import right_answers
@@ -329,13 +330,9 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
     """The same on each voice and on the questions: {domain: {texts, tokens, sweeps}}, with the share of right answers."""
     results, told = unbundle(cell), {}
     for domain in (*VOICES, "questions"):
-        full = results["16 bits: 16 bits"]
-        right = np.array([" or " not in i for i in full["id"]])  # of choices the right one
-        at = right & (full["task"] == domain if domain in VOICES else ~np.isin(full["task"], VOICES))
-        of = {name: {k: v[..., at] for k, v in arrays.items()} | {"tokens": arrays["answer_tokens"][at]}
-              for name, arrays in results.items()}
-        told[domain] = {"texts": int(at.sum()), "tokens": int(full["answer_tokens"][at].sum()),
-                        "sweeps": panels_of({n: a for n, a in of.items() if n != "16 bits: 16 bits"}, of["16 bits: 16 bits"])}
+        of = {name: of_kind(arrays | {"tokens": arrays["answer_tokens"]}, domain) for name, arrays in results.items()}
+        full = of.pop("16 bits: 16 bits")
+        told[domain] = {"texts": len(full["id"]), "tokens": int(full["tokens"].sum()), "sweeps": panels_of(of, full)}
     return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()}
             } | machines_of(cell)
 
