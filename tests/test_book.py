@@ -108,3 +108,11 @@ def test_numbered_formulas_have_one_line(source):
     """Sphinx wraps what has a line break in an environment in which MathJax refuses the number."""
     for formula in re.findall(r"\$\$(.*?)\$\$", source.read_text(), re.DOTALL):
         assert not ("\\tag" in formula and "\\\\" in formula), formula
+
+
+def test_tables_that_cells_give_as_markdown_are_tables_on_the_site():
+    """MyST-NB's own choice for outputs, CommonMark, has no tables: their rows would stand there as text."""
+    given = [o["data"]["text/markdown"] for source in CHAPTERS for c in jupytext.read(source.with_suffix(".ipynb")).cells
+             for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    assert any("| --- |" in "".join(g) for g in given)
+    assert yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]["nb_render_markdown_format"] == "myst"
