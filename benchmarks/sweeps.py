@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.methods import GptqAfterFirst, GptqMedian, LargestInputs
 from helpers.files import folder_hash, key_hash
 from helpers.harness.carry import of_kind
 from helpers.harness.compare import Quality
@@ -38,11 +38,11 @@ from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
 from helpers.methods.rtn import Rtn
 from helpers.models.fetch import origin
-from helpers.models.method import Gram, Method, Notes, Plan
+from helpers.models.method import Method, Plan
 from helpers.models.outliers import add_outliers
 from helpers.models.texts import calibration, random_tokens, windows
 from helpers.results import RESULTS, Record, save
-from helpers.store import Cell, Store, bundle, unbundle
+from helpers.store import Cell, Store, bundle, cells_of, unbundle
 from helpers.toolkits.artefacts import CALIBRATION
 
 WINDOWS = 32  # of 256 tokens, unless their number is what is swept
@@ -89,15 +89,26 @@ class Subject:
                            **also) for draw in range(self.draws if pool else 1)]
 
     def items(self, sweep: str) -> list[Item]:
-        """What the variants are judged by: 60 questions a task of the bundled model's world (all of them for "best" and
-        "recipes"); for a real model English passages of two voices, and questions."""
+        """What the variants are scored on: 60 questions a task of the bundled model's world (all of them where
+        differences are small); for a real model English
+        passages of two voices, and questions. Of the judging set, but for "tuned"."""
+        split, limit = "tune" if sweep == "tuned" else "judge", None if sweep in ALL_QUESTIONS else 60
         if self.name == "bundled":
-            return [encode(self.tokenizer, e) for e in examples("judge", limit=None if sweep in ("best", "recipes") else 60)]
+            return [encode(self.tokenizer, e) for e in examples(split, limit=limit)]
+        asked = examples(f"english_{split}", limit=50)
+        if split == "tune":  # by KL, for which wrong choices are not needed
+            return [Item(ids, 1, voice, f"{voice}-{n}") for voice in VOICES for n, ids in enumerate(self.unseen(voice))] + [
+                encode(self.tokenizer, e) for e in asked]
         return [i for voice in VOICES for i in encode_text(self.tokenizer, text(voice), 512, voice)] + [
-            i for e in examples("english_judge", limit=50) for i in encode_choices(self.tokenizer, e)]
+            i for e in asked for i in encode_choices(self.tokenizer, e)]
+
+    def unseen(self, voice: str) -> list[tuple[int, ...]]:
+        """Windows of a calibration set after the 128 that "recipes" is calibrated on: to choose settings by."""
+        return self.tokens(voice, count=sys.maxsize)[128 if voice == self.sets[0] else -28:]
 
 
 VOICES = ("novel", "speeches")
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies")
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
@@ -195,37 +206,16 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
             yield Panel(f"recipes, {bits} bits", value, s.drawn(method, pool if method.keeps else (), len(pool)))
 
 
-class Mixed(NamedTuple):
-    """A rounded weight with some columns as they were."""
-
-    W_hat: Tensor
-
-    def dequantize(self) -> Tensor:
-        return self.W_hat
-
-    def stored(self) -> "Mixed":
-        return self
-
-
-@dataclass(frozen=True)
-class LargestInputs(Rtn):
-    """The observation that AWQ starts from (Lin et al. 2023, table 1): rounding, but the columns of the largest inputs stay
-    in 16 bits. No file format has them, so `formats` is empty."""
-
-    name: ClassVar[str] = "rtn, largest inputs in 16 bits"
-    keeps: ClassVar[type[Gram]] = Gram
-    calibrated: ClassVar[bool] = True
-    share: float = 0.01
-    least: int = 4  # the outlier variant has 4
-
-    def formats(self) -> tuple:
-        return ()
-
-    def solve(self, W: Tensor, kept: Gram) -> tuple[Mixed, Notes]:
-        W_hat = super().solve(W, kept)[0].stored().dequantize()
-        largest = kept.x_mean().topk(max(self.least, round(self.share * W.shape[1]))).indices
-        W_hat[:, largest] = W[:, largest].float()
-        return Mixed(W_hat), {}
+def remedy_panels(s: Subject) -> Iterator[Panel]:
+    """What helps GPTQ where a few channels and the first token are loud."""
+    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False}
+    for value, method in {
+            "GPTQ": Gptq(**plain), "first tokens left out": GptqAfterFirst(**plain),
+            "damping by the median": GptqMedian(**plain),
+            "desc_act": Gptq(**plain, desc_act=True), "searched scales": Gptq(**plain, search=True),
+            "AWQ's scales before": AwqGptq(**plain)}.items():
+        yield Panel("remedies, 4 bits", value, s.drawn(method, pool, len(pool)))
+    yield Panel("remedies, 4 bits", "rounding", s.drawn(Rtn(4, s.group, sym=False)))
 
 
 def awq_panels(s: Subject) -> Iterator[Panel]:
@@ -251,7 +241,8 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
     yield from by_whom(s, Awq(), "autoawq-awq", "gptqmodel-awq")
 
 
-PANELS = {"recipes": recipe_panels, "best": best_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
+PANELS = {"recipes": recipe_panels, "tuned": recipe_panels, "remedies": remedy_panels, "best": best_panels,
+          "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
 
 
 @dataclass(frozen=True)
@@ -278,13 +269,20 @@ class Sweep:
         cells = {f"{p.knob}: {p.value}": [self.quality.cell(v) for v in p.draws] for p in tqdm(self.panels(), desc=self.record)}
         return bundle(cells, KEPT, SHARED)
 
-    def found(self, folders: Sequence[Path]) -> Cell:
-        """The same of cells that other machines left, which say where they were made; of some variants fewer draws, or none."""
-        there = {what_was_asked(c.key): c for f in folders for c in map(Cell.read, sorted(f.glob("*.npz")))}
+    def found(self, paths: Sequence[Path]) -> Cell:
+        """The same of cells that other machines left, in folders or in a bundle made before; they say where they were made.
+        Of some variants fewer draws, or none. Where two are of the same, the later counts."""
+        there = measured_before(paths)
         keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws]
                 for p in self.panels()}
         cells = {name: [there[k] for k in of if k in there] for name, of in keys.items()}
         return bundle({name: draws for name, draws in cells.items() if draws}, KEPT, SHARED)
+
+
+def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:
+    """{what was asked: the cell} of folders of cells, and of bundles."""
+    cells = (c for p in paths for c in (map(Cell.read, sorted(p.glob("*.npz"))) if p.is_dir() else cells_of(Cell.read(p))))
+    return {what_was_asked(c.key): c for c in cells}
 
 
 def what_was_asked(key: Mapping[str, Any]) -> str:
@@ -295,20 +293,43 @@ def what_was_asked(key: Mapping[str, Any]) -> str:
     return key_hash({k: bare(key.get(k)) for k in ("measure", "items", "batch_tokens", "reference", "variant")})
 
 
-def work(sweeps: Sequence[Sweep], part: int, parts: int, minutes: float) -> None:
-    """Every `parts`-th of the cells that are missing, for several processes at once; one that fails is named, and left."""
-    stop, todo = time.monotonic() + 60 * minutes, {}
+@dataclass
+class Held:
+    """A variant that is loaded once for all the sweeps it is in."""
+
+    variant: Variant
+
+    @property
+    def name(self) -> str:
+        return self.variant.name
+
+    def key(self) -> dict[str, Any]:
+        return self.variant.key()
+
+    def load(self, device: str = "cpu"):
+        self.model = getattr(self, "model", None) or self.variant.load(device)
+        return self.model
+
+
+def work(sweeps: Sequence[Sweep], part: int, parts: int, draws: int, minutes: float, known: Sequence[str] = ()) -> None:
+    """Every `parts`-th of the variants, for several processes at once, until so many draws of each are there: what is neither
+    stored nor `known`. One that fails is named, and left."""
+    stop, todo = time.monotonic() + 60 * minutes, {}  # {hash of a variant: it, and the sweeps that ask for it}
     for sweep in sweeps:
-        for variant in (v for p in sweep.panels() for v in p.draws):
-            todo.setdefault(key_hash([sweep.quality.key, variant.key()]),
-                            (sweep, variant))
-    for sweep, variant in tqdm(list(todo.values())[part::parts], desc=f"part {part}"):
+        for panel in sweep.panels():
+            missing = [v for v in panel.draws if what_was_asked(sweep.quality.key | {"variant": v.key()}) not in known]
+            for variant in missing[:max(0, draws - len(panel.draws) + len(missing))]:
+                asked_by = todo.setdefault(key_hash(variant.key()), (variant, []))[1]
+                asked_by += [] if sweep in asked_by else [sweep]
+    for variant, of in tqdm(list(todo.values())[part::parts], desc=f"part {part}"):
         if time.monotonic() > stop:
             return
+        held = Held(variant)
         try:
-            sweep.quality.cell(variant)
+            for sweep in of:
+                sweep.quality.cell(held)
         except Exception:
-            print(f"{sweep.record}: {variant.name} failed\n{traceback.format_exc()}", file=sys.stderr)
+            print(f"{[s.record for s in of]}: {variant.name} failed\n{traceback.format_exc()}", file=sys.stderr)
 
 
 def derive(cell: Cell, draws: int = 4) -> dict[str, Any]:
@@ -333,8 +354,8 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
         of = {name: of_kind(arrays | {"tokens": arrays["answer_tokens"]}, domain) for name, arrays in results.items()}
         full = of.pop("16 bits: 16 bits")
         told[domain] = {"texts": len(full["id"]), "tokens": int(full["tokens"].sum()), "sweeps": panels_of(of, full)}
-    return {"draws": draws, "domains": told, "answered": {name: answered(arrays) for name, arrays in results.items()}
-            } | machines_of(cell)
+    right = {name: answered(arrays) for name, arrays in results.items()} if any(" or " in i for i in full["id"]) else {}
+    return {"draws": draws, "domains": told, "answered": right} | machines_of(cell)
 
 
 def answered(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -384,14 +405,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--part", help="K/N: only each N-th cell, from the K-th on; nothing is written but cells")
     parser.add_argument("--minutes", type=float, default=math.inf, help="with --part: begin no cell after so many")
-    parser.add_argument("--found", type=Path, nargs="+", help="measure nothing: folders of cells, of any machines")
+    parser.add_argument("--draws", type=int, default=sys.maxsize, help="with --part: at most so many of a variant")
+    parser.add_argument("--found", type=Path, nargs="+", help="folders of cells, or bundles (NAME.npz), of any machines: "
+                        "measure nothing; with --part: nothing that they have")
     parser.add_argument("--derive", action="store_true", help="the records from the committed values, nothing measured")
     args = parser.parse_args()
     torch.manual_seed(0)
     subject = SUBJECTS[args.model]
     sweeps = [Sweep(name, subject, args.device) for name in args.only]
     if args.part:
-        return work(sweeps, *map(int, args.part.split("/")), args.minutes)
+        return work(sweeps, *map(int, args.part.split("/")), args.draws, args.minutes, measured_before(args.found or ()))
     for sweep in sweeps:
         path = RESULTS / f"{sweep.record}.npz"
         if not args.derive:

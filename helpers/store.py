@@ -101,6 +101,14 @@ def bundle(cells: Mapping[str, Sequence[Cell]], keep: Sequence[str], shared: Seq
     return Cell("bundle", key, arrays, first.made)
 
 
+def cells_of(cell: Cell) -> list[Cell]:
+    """The cells of a bundle again, of what it kept of them."""
+    shared = {k: cell.arrays[k] for k in cell.key["shared"]}
+    kept = {k: v for k, v in cell.arrays.items() if k not in shared}
+    return [Cell("bundled", key, shared | {k: v[n] for k, v in kept.items()}, cell.made)
+            for n, key in enumerate(cell.key["keys"])]
+
+
 def unbundle(cell: Cell) -> dict[str, dict[str, np.ndarray]]:
     """{variant: arrays}: the shared ones [items], the others [draws, items]."""
     return {name: {k: v if k in cell.key["shared"] else v[rows] for k, v in cell.arrays.items()}

@@ -1,0 +1,74 @@
+"""Methods that are there to be measured: they show why a method works, and no file format needs to hold them."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from helpers.methods.gptq import Gptq
+from helpers.methods.rtn import Rtn
+from helpers.models.method import Gram, Notes
+from helpers.quantizers.affine import Quantized
+from helpers.quantizers.gptq import gptq
+
+
+class Mixed(NamedTuple):
+    """A rounded weight with some columns as they were."""
+
+    W_hat: Tensor
+
+    def dequantize(self) -> Tensor:
+        return self.W_hat
+
+    def stored(self) -> "Mixed":
+        return self
+
+
+@dataclass(frozen=True)
+class LargestInputs(Rtn):
+    """The observation that AWQ starts from (Lin et al. 2023, table 1): rounding, but the columns of the largest inputs stay
+    in 16 bits. No file format has them, so `formats` is empty."""
+
+    name: ClassVar[str] = "rtn, largest inputs in 16 bits"
+    keeps: ClassVar[type[Gram]] = Gram
+    calibrated: ClassVar[bool] = True
+    share: float = 0.01
+    least: int = 4  # the outlier variant has 4
+
+    def formats(self) -> tuple:
+        return ()
+
+    def solve(self, W: Tensor, kept: Gram) -> tuple[Mixed, Notes]:
+        W_hat = super().solve(W, kept)[0].stored().dequantize()
+        largest = kept.x_mean().topk(max(self.least, round(self.share * W.shape[1]))).indices
+        W_hat[:, largest] = W[:, largest].float()
+        return Mixed(W_hat), {}
+
+
+class AfterFirst(Gram):
+    """A Gram matrix without the first token of each sequence."""
+
+    def add(self, X: Tensor) -> None:
+        super().add(X[:, 1:])
+        self.tokens += len(X)  # they went by, all the same
+
+
+@dataclass(frozen=True)
+class GptqAfterFirst(Gptq):
+    """GPTQ that does not see first tokens, on which attention rests and whose inputs are unlike all others."""
+
+    name: ClassVar[str] = "gptq without first tokens"
+    keeps: ClassVar[type[Gram]] = AfterFirst
+
+
+@dataclass(frozen=True)
+class GptqMedian(Gptq):
+    """GPTQ damped by a share of the median of H's diagonal, which a few loud channels do not move, instead of the mean."""
+
+    name: ClassVar[str] = "gptq, damped by the median"
+
+    def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
+        diagonal = kept.H.diagonal()
+        damp = self.damp_percent * float(diagonal.median() / diagonal.mean())
+        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, damp, self.search)
+        return found.quantized, {"damp_percent": found.damp_percent}
