@@ -202,7 +202,10 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
             "GPTQ, desc_act, searched scales": replace(plain, desc_act=True, search=True), "AWQ": Awq(bits, s.group),
             "AWQ's scales, then GPTQ": replace(scaled, search=False), "AWQ's scales, then GPTQ, searched scales": scaled,
             "AWQ's scales, then GPTQ, desc_act, searched scales": replace(scaled, desc_act=True)}
-        for value, method in (recipes | ({"NF4": Nf4()} if bits == 4 else {})).items():
+        if bits == 4:  # symmetric grids are what the fastest kernels, and vLLM on a CPU, read
+            recipes |= {"NF4": Nf4(), "GPTQ, symmetric, searched scales": Gptq(bits, s.group, search=True),
+                        "AWQ's scales, then GPTQ, symmetric, searched scales": AwqGptq(bits, s.group, search=True)}
+        for value, method in recipes.items():
             yield Panel(f"recipes, {bits} bits", value, s.drawn(method, pool if method.keeps else (), len(pool)))
 
 

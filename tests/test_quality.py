@@ -59,14 +59,24 @@ def equal(one, other):
                np.array_equal(a, other.arrays()[k]) for k, a in one.arrays().items())
 
 
-@pytest.mark.parametrize("limit", ["PIECE", "REMEMBERED"])
-def test_memory_is_bounded_and_changes_nothing(tiny, items, limit, monkeypatch):
-    """Logits some positions at a time, and a reference that is run again for each model: the same scores."""
+@pytest.mark.parametrize("piece", [5 * 1280, quality.PIECE])
+@pytest.mark.parametrize("remembered", ["log-probabilities", "states", None])
+def test_memory_is_bounded_and_changes_nothing(tiny, items, piece, remembered, monkeypatch):
+    """Logits some positions at a time, and a reference of which the states are kept, or that is run again for each model: the
+    same scores."""
     other = quantized(tiny, Rtn(3, 64, sym=False))
     whole = score(other, items, tiny)
-    monkeypatch.setattr(quality, limit, 5 * 1280)
-    judge = Judge(items, tiny)
-    assert equal(judge.score(other), whole) and bool(judge.remembered) is (limit == "PIECE")
+    judge, calls = Judge(items, tiny, batch_tokens=64), []
+    padded_tokens = sum(len(b) * max(len(items[i].ids) for i in b) for b in judge.batches)
+    room = {"log-probabilities": padded_tokens * 1280, "states": padded_tokens * 128, None: padded_tokens * 128 - 1}
+    monkeypatch.setattr(quality, "PIECE", piece)
+    monkeypatch.setattr(quality, "REMEMBERED", room[remembered])
+    handle = tiny.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    once, again = judge.score(other), judge.score(other)
+    handle.remove()
+    assert equal(once, whole) and equal(again, whole)
+    assert judge.keeps == remembered and len(judge.batches) > 1
+    assert len(calls) == len(judge.batches) * (1 if remembered else 2)
     forward = type(tiny.model).forward
     assert tiny.model.forward.__func__ is forward and other.model.forward.__func__ is forward
 

@@ -23,7 +23,7 @@ from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.rtn import Rtn
 from helpers.results import RESULTS, read
-from helpers.store import BadCell, Cell, Store, bundle, unbundle, values
+from helpers.store import BadCell, Cell, Store, bundle, cells_of, unbundle, values
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,6 +109,9 @@ def test_bundles_hold_every_value():
     again = unbundle(whole)
     assert again["a"]["v"].tolist() == [[1, 1.5], [2, 2.5]] and again["b"]["v"].tolist() == [[1, 1.5]]
     assert again["c"]["id"].tolist() == ["x", "y"]
+    assert [c.arrays["v"].tolist() for c in cells_of(whole)] == [[1, 1.5], [2, 2.5], [7, 7.5]]
+    assert [c.key for c in cells_of(whole)] == [cell(n).key for n in (1, 2, 7)]
+    assert cells_of(whole)[0].arrays["id"].tolist() == ["x", "y"]
     other = replace(cell(3), arrays=cell(3).arrays | {"id": np.array(["x", "z"])})
     with pytest.raises(ValueError, match="has other"):
         bundle({"a": [cell(1)], "b": [other]}, ["v"], ["id"])

@@ -33,21 +33,60 @@ def of_kind(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray
     return {name: values_[..., at] for name, values_ in arrays.items()}
 
 
+def rows(name: str, whose: str) -> dict[str, dict[str, np.ndarray]]:
+    """{panel: variant} of a sweep, on the bundled model or on one kind of the real one's texts."""
+    if whose == "bundled":
+        return values(f"sweep_{name}")
+    return {row: of_kind(arrays, whose) for row, arrays in values(f"sweep_small_{name}").items()}
+
+
 def real(name: str, one: str, other: str) -> dict[str, Interval]:
     """KL of a row of the real model's sweep less that of another, nats/token, on each kind of its texts."""
-    rows = values(f"sweep_small_{name}")
-    return {label: paired(*(of_kind(rows[row], kind) for row in (one, other)), "answer_kl") for kind, label in
-            VOICE_NAMES.items()}
+    return {label: paired((of := rows(name, kind))[one], of[other], "answer_kl") for kind, label in VOICE_NAMES.items()}
 
 
 def verdicts(name: str) -> pd.DataFrame:
-    """A row for each variant that both models have, less the first of its panel; a column for each kind of text."""
+    """A row for each variant that both models have, less the first of its panel; a column for each kind of text. Panels that
+    begin with another variant on the real model are left out, being another question there."""
     told = panels(name)
     rows = {(knob, value): {whose: verdict(of[knob][value]) for whose, of in told.items()}
-            for knob, panel in told["bundled"].items() if all(knob in of for of in told.values())
+            for knob, panel in told["bundled"].items() if len({next(iter(of.get(knob, [None]))) for of in told.values()}) == 1
             for value, row in panel.items() if row["kl_against_first"] != [0, 0, 0]
             and all(value in of[knob] for of in told.values())}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def widths() -> pd.DataFrame:
+    """The same for GPTQ beside rounding at each width, which the panel of widths sets against its first alone."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for whose in ("bundled", *VOICE_NAMES):
+        of = rows("gptq", whose)
+        for bits in (2, 3, 4, 8):
+            i = paired(of[f"bits: GPTQ, {bits}"], of[f"bits: rounding, {bits}"], "answer_kl")
+            found.setdefault(("GPTQ beside rounding", f"{bits} bits"), {})[whose] = SAID[(i.low > 0) - (i.high < 0)]
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
+METHOD, SETTING, CALIBRATED, PART, GRID = KINDS = (
+    "one method or another", "a setting of GPTQ", "calibration", "a part of AWQ", "a setting of NF4")
+KNOBS = {"calibration windows of 256": CALIBRATED, "calibration length": CALIBRATED, "damping": SETTING,
+         "order of columns": SETTING, "scales": SETTING, "scales of groups of 32": SETTING, "calibrated on": SETTING,
+         "model": PART, "block size": GRID, "double quantization": GRID, "output head": GRID, "compute dtype": GRID,
+         "grid at blocks of 64": METHOD, "GPTQ beside rounding": METHOD}
+
+
+def kind(knob: str, value: str) -> str:
+    """What kind of question a row of a panel answers."""
+    if knob.startswith("recipes"):
+        return SETTING if value.startswith("GPTQ") else METHOD
+    return KNOBS[knob]
+
+
+def both_models() -> pd.DataFrame:
+    """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
+    of = (verdicts(name).drop(index="bits", level=0, errors="ignore") for name in ("recipes", "gptq", "awq", "nf4"))
+    table = pd.concat([widths(), *of])
+    return table.assign(kind=[kind(*row) for row in table.index])
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,4 +95,25 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({whose: {
         "same": int((table[whose] == table["bundled"]).sum()),
         "one of them none": int(((table[whose] == SAID[0]) != (table["bundled"] == SAID[0])).sum()),
-        "opposite": int((table[whose] == table["bundled"].map(opposite)).sum())} for whose in table.columns[1:]}).T
+        "opposite": int((table[whose] == table["bundled"].map(opposite)).sum())} for whose in VOICE_NAMES}).T
+
+
+def agreement_by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `both_models`: for each kind of question on how many of (questions x the real model's texts) the two agree."""
+    counts = {of: agreement(rows.drop(columns="kind")).sum() for of, rows in table.groupby("kind")}
+    return pd.DataFrame(counts).T
+
+
+def chosen(panel: str = "recipes, 4 bits", default: str = "GPTQ, symmetric") -> pd.DataFrame:
+    """For each kind of text: the recipe with the least KL on the tuning set, and of the judging set its KL, that less the
+    default's, and the recipes that are measurably nearer to full precision there."""
+    told = {}
+    for whose, of in panels("tuned").items():
+        judged = {row.removeprefix(f"{panel}: "): arrays for row, arrays in rows("recipes", whose).items() if panel in row}
+        tuned = {name: row["kl"][0] for name, row in of[panel].items() if name in judged}
+        best = min(tuned, key=tuned.__getitem__)
+        apart = {name: paired(arrays, judged[best], "answer_kl") for name, arrays in judged.items() if name in tuned}
+        told[whose] = {"tried": len(tuned), "chosen": best, "KL, tuning": tuned[best],
+                       "KL, judging": float(judged[best]["answer_kl"].mean(0).sum() / judged[best]["tokens"].sum()),
+                       "the default's less its own": apart[default], "nearer": [n for n, i in apart.items() if i.high < 0]}
+    return pd.DataFrame(told).T

@@ -20,7 +20,7 @@ POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 255)
 
 
 @dataclass
-class Inputs(Gram):
+class FirstApart(Gram):
     """A Gram matrix, and how much of its diagonal the first token of every sequence brought."""
 
     of_first: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of its x^2, fp32 [in]
@@ -35,12 +35,12 @@ def look_at(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[dict[s
     rows = []
     for n, step in enumerate(walk(model, sequences)):
         positions = by_position([b.hidden for b in step.stream.batches])
-        for group, kept in ((g, step.grams(Inputs)[g[0]]) for g in step.layout.groups):
+        for group, kept in ((g, step.grams(FirstApart)[g[0]]) for g in step.layout.groups):
             rows.append({"block": n, "linear": group[0], "positions": positions, **shape_of(kept)})
     return rows
 
 
-def shape_of(kept: Inputs) -> dict[str, Any]:
+def shape_of(kept: FirstApart) -> dict[str, Any]:
     """Of one input. `channels`: the mean square of the channel at each of SHARES, `spectrum`: the eigenvalue there, both over
     the mean; `damping`: 1 % of the mean diagonal, over the median of the diagonal, and the same without first tokens."""
     diagonal = kept.H.diagonal()

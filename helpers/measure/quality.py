@@ -6,7 +6,10 @@ Everything is kept per text, under the text's id, so that any two models are com
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from helpers.measure.stats import Interval, ratio_interval
 from helpers.measure.tasks import Item
 
 PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
-# Log-probabilities of the reference that are kept for the next model: a sixteenth of the memory
+# What the reference says that is kept for the next model, in numbers: a sixteenth of the memory
 REMEMBERED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 64
 
 
@@ -139,7 +142,7 @@ class Judge:
         if len(set(named)) < len(named):
             raise ValueError("items: the same id twice, so that results could not be paired by it")
         self.items, self.reference, self.batches = items, reference, list(batched(items, batch_tokens))
-        self.remembered: dict[int, list[Tensor]] = {}
+        self.remembered: dict[int, Any] = {}
 
     @torch.inference_mode()
     def score(self, model: nn.Module, progress: bool = False) -> Scores:
@@ -169,41 +172,66 @@ class Judge:
             yield compared(log_q, None if against is None else next(against).to(log_q.device), targets)
 
     def _reference(self, n: int, ids: Tensor) -> Iterator[Tensor] | None:
+        """Its log-probabilities of batch n."""
         if self.reference is None:
             return None
-        if n not in self.remembered:
-            held = sum(t.numel() for of in self.remembered.values() for t in of)
-            if held + ids.numel() * vocabulary(self.reference) > REMEMBERED:
-                return log_probabilities(self.reference, ids)
-            self.remembered[n] = list(log_probabilities(self.reference, ids))
-        return iter(self.remembered[n])
+        if self.keeps == "log-probabilities":
+            if n not in self.remembered:
+                self.remembered[n] = list(log_probabilities(self.reference, ids))
+            return iter(self.remembered[n])
+        if self.keeps == "states" and n not in self.remembered:
+            self.remembered[n] = states_of(self.reference, ids)
+        return log_probabilities(self.reference, ids, self.remembered.get(n))
+
+    @cached_property
+    def keeps(self) -> str | None:
+        """What of the reference is remembered: all, or what its body puts out (then its head runs again), or nothing."""
+        tokens = sum(len(batch) * len(self.items[batch[-1]].ids) for batch in self.batches)
+        if tokens * vocabulary(self.reference) <= REMEMBERED:
+            return "log-probabilities"
+        return "states" if tokens * self.reference.config.get_text_config().hidden_size <= REMEMBERED else None
 
 
 def vocabulary(model: nn.Module) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def log_probabilities(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+def states_of(model: nn.Module, ids: Tensor) -> Any:
+    """What the body of a model, all but its head, puts out."""
+    return model.base_model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def log_probabilities(model: nn.Module, ids: Tensor, states: Any = None) -> Iterator[Tensor]:
     """Those of the tokens after the first, fp32 [batch, positions, vocabulary], at most `PIECE` of them at a time.
 
-    The body of the model runs once; its head is asked for some positions after another.
+    The body of the model runs once, not at all if its `states` are given; its head is asked for some positions after another.
     """
-    ids = ids.to(model.device)
+    ids, body = ids.to(model.device), model.base_model
     a_position = len(ids) * vocabulary(model)
-    if a_position * ids.shape[1] <= PIECE:
-        yield model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        return
-    body = model.base_model
-    states, own = body(input_ids=ids, use_cache=False), body.__dict__.get("forward")
-    for part in torch.arange(ids.shape[1] - 1, device=ids.device).split(max(1, PIECE // a_position)):
-        body.forward = lambda *_, **__: states
-        try:
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=part).logits.float()
-        finally:
-            del body.forward
-            if own is not None:
-                body.forward = own
-        yield logits.log_softmax(-1)
+    if whole := a_position * ids.shape[1] <= PIECE:
+        parts: list[dict] = [{}]
+    else:
+        positions = torch.arange(ids.shape[1] - 1, device=ids.device)
+        parts = [{"logits_to_keep": part} for part in positions.split(max(1, PIECE // a_position))]
+    if states is None and not whole:
+        states = states_of(model, ids)
+    for part in parts:
+        with nullcontext() if states is None else _instead(body, states):
+            logits = model(input_ids=ids, use_cache=False, **part).logits.float()
+        yield (logits[:, :-1] if whole else logits).log_softmax(-1)
+
+
+@contextmanager
+def _instead(body: nn.Module, states: Any) -> Iterator[None]:
+    """While the context lasts a module does nothing but put these out."""
+    own = body.__dict__.get("forward")  # what accelerate puts there, on models loaded to a GPU
+    body.forward = lambda *_, **__: states
+    try:
+        yield
+    finally:
+        del body.forward
+        if own is not None:
+            body.forward = own
 
 
 def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: nn.Module | None = None,
