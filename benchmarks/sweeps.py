@@ -398,7 +398,9 @@ def row(it: dict, panel: Mapping[str, dict], full: dict) -> dict[str, Any]:
 def against(it: dict, other: dict, what: str):
     """The paired difference of two variants of a sweep; with unequal draws, against the mean of the fewer."""
     a, b = it[what], other[what]
-    return ratio_interval(a - (b if len(a) == len(b) else b.mean(0) if len(a) > len(b) else b), it["tokens"])
+    if len(a) != len(b):
+        a, b = (x if len(x) == max(len(a), len(b)) else x.mean(0) for x in (a, b))
+    return ratio_interval(a - b, it["tokens"])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Chapters 10 and 11: the cases, the failures with their gates, repacking, and what an audit refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -162,6 +163,31 @@ def test_the_real_models_chatbot_of_the_record():
     assert "no_loops" in of["gptq:sym=false,search=true,desc_act=true"]["reason"]
     last = of["awq+gptq:sym=false,search=true"]
     assert last["outcome"] == UNDECIDED and "sym=False" in last["reason"] and "no question asks for JSON" in last["reason"]
+
+
+def test_the_real_models_other_cases_of_the_record():
+    rows, told = record_table(), read("cases").data["small"]
+    for case in ("condensing", "doses"):
+        row = rows.loc[("small", case)]
+        assert (row["verdict"], row["pick"], row["exit status"]) == (FAIL, "none", 99)
+        assert {v["outcome"] for v in told[case]["variants"].values()} == {FAIL}
+    reports, doses = (told[case]["variants"] for case in ("condensing", "doses"))
+    best = ("gptq:sym=false,search=true,desc_act=true", "awq+gptq:sym=false,search=true")
+    kept = [measured(reports[n]["reason"], "recovery > 0.93") for n in ("gptq", "awq", "nf4")]
+    assert [round(100 * k) for k in kept] == [75, 81, 84]
+    for name in best:
+        assert "recovery" not in reports[name]["reason"] and measured(reports[name]["reason"], "kl < 0.002") == pytest.approx(
+            0.009, abs=5e-4)
+    assert reports["int8"]["reason"].startswith("fails: memory_share < 0.5 (measured 0.6077")
+    assert ";" not in reports["int8"]["reason"]
+    assert "recovery" not in doses["awq"]["reason"]
+    assert measured(doses["awq"]["reason"], "kl < 0.001") == pytest.approx(0.13, abs=5e-3)
+    assert measured(doses["int8"]["reason"], "kl < 0.001") == pytest.approx(0.004, abs=5e-4)
+
+
+def measured(reason, gate):
+    """What a gate's reason says was measured."""
+    return float(re.search(re.escape(gate) + r" \(measured ([\d.]+)", reason).group(1))
 
 
 def test_served_latency_of_the_cases():

@@ -10,14 +10,19 @@ from helpers.measure.stats import Interval, paired
 from helpers.results import read
 from helpers.store import values
 
+FIRST = {"kl_against_first": [0, 0, 0]}  # what the first of a panel says of itself, and what is not there says nothing
 SAID = {-1: "lower", 0: "no difference", 1: "higher"}
 VOICE_NAMES = {"novel": "real, novel", "speeches": "real, speeches", "questions": "real, questions"}
 
 
+def said(low: float, high: float) -> str:
+    """What an interval of a difference says of it."""
+    return SAID[int(low > 0) - int(high < 0)]
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     """A variant's KL beside that of its panel's first: measurably (95 %, paired) lower, higher, or neither."""
-    _, low, high = row["kl_against_first"]
-    return SAID[(low > 0) - (high < 0)]
+    return said(*row["kl_against_first"][1:])
 
 
 def panels(name: str) -> dict[str, dict[str, dict[str, dict]]]:
@@ -46,13 +51,12 @@ def real(name: str, one: str, other: str) -> dict[str, Interval]:
 
 
 def verdicts(name: str) -> pd.DataFrame:
-    """A row for each variant that both models have, less the first of its panel; a column for each kind of text. Panels that
-    begin with another variant on the real model are left out, being another question there."""
+    """A row for each variant that both models have, less the first of its panel; a column for each kind of text."""
     told = panels(name)
     rows = {(knob, value): {whose: verdict(of[knob][value]) for whose, of in told.items()}
-            for knob, panel in told["bundled"].items() if len({next(iter(of.get(knob, [None]))) for of in told.values()}) == 1
-            for value, row in panel.items() if row["kl_against_first"] != [0, 0, 0]
-            and all(value in of[knob] for of in told.values())}
+            for knob, panel in told["bundled"].items() for value in panel
+            if all(of.get(knob, {}).get(value, FIRST)["kl_against_first"] != FIRST["kl_against_first"]
+                   for of in told.values())}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -63,29 +67,26 @@ def widths() -> pd.DataFrame:
         of = rows("gptq", whose)
         for bits in (2, 3, 4, 8):
             i = paired(of[f"bits: GPTQ, {bits}"], of[f"bits: rounding, {bits}"], "answer_kl")
-            found.setdefault(("GPTQ beside rounding", f"{bits} bits"), {})[whose] = SAID[(i.low > 0) - (i.high < 0)]
+            found.setdefault(("GPTQ beside rounding", f"{bits} bits"), {})[whose] = said(i.low, i.high)
     return pd.DataFrame.from_dict(found, orient="index")
 
 
-METHOD, SETTING, CALIBRATED, PART, GRID = KINDS = (
-    "one method or another", "a setting of GPTQ", "calibration", "a part of AWQ", "a setting of NF4")
-KNOBS = {"calibration windows of 256": CALIBRATED, "calibration length": CALIBRATED, "damping": SETTING,
-         "order of columns": SETTING, "scales": SETTING, "scales of groups of 32": SETTING, "calibrated on": SETTING,
-         "model": PART, "block size": GRID, "double quantization": GRID, "output head": GRID, "compute dtype": GRID,
-         "grid at blocks of 64": METHOD, "GPTQ beside rounding": METHOD}
+METHOD, SETTING, CALIBRATED = "one method or another", "a setting of GPTQ", "calibration"
+KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD}
 
 
 def kind(knob: str, value: str) -> str:
     """What kind of question a row of a panel answers."""
-    if knob.startswith("recipes"):
-        return SETTING if value.startswith("GPTQ") else METHOD
-    return KNOBS[knob]
+    if knob in KNOBS:
+        return KNOBS[knob]
+    return METHOD if value.startswith(("rounding", "AWQ", "NF4")) else SETTING
 
 
 def both_models() -> pd.DataFrame:
     """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
-    of = (verdicts(name).drop(index="bits", level=0, errors="ignore") for name in ("recipes", "gptq", "awq", "nf4"))
-    table = pd.concat([widths(), *of])
+    again = ["desc_act", "searched scales", "rounding"]  # which the recipes have as well
+    table = pd.concat([widths(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
+                       verdicts("remedies").drop(index=again, level=1)])
     return table.assign(kind=[kind(*row) for row in table.index])
 
 
@@ -112,8 +113,9 @@ def chosen(panel: str = "recipes, 4 bits", default: str = "GPTQ, symmetric") -> 
         judged = {row.removeprefix(f"{panel}: "): arrays for row, arrays in rows("recipes", whose).items() if panel in row}
         tuned = {name: row["kl"][0] for name, row in of[panel].items() if name in judged}
         best = min(tuned, key=tuned.__getitem__)
-        apart = {name: paired(arrays, judged[best], "answer_kl") for name, arrays in judged.items() if name in tuned}
-        told[whose] = {"tried": len(tuned), "chosen": best, "KL, tuning": tuned[best],
-                       "KL, judging": float(judged[best]["answer_kl"].mean(0).sum() / judged[best]["tokens"].sum()),
-                       "the default's less its own": apart[default], "nearer": [n for n, i in apart.items() if i.high < 0]}
+        apart = {name: paired(judged[name], judged[best], "answer_kl") for name in {*tuned, default}}
+        told[whose] = {"tried": len(tuned), "chosen": best, "KL, tuning": f"{tuned[best]:.4f}",
+                       "KL, judging": f"{judged[best]['answer_kl'].mean(0).sum() / judged[best]['tokens'].sum():.4f}",
+                       "the default's less its own": str(apart[default]),
+                       "nearer": ", ".join(sorted(n for n, i in apart.items() if i.high < 0)) or "none"}
     return pd.DataFrame(told).T

@@ -1,0 +1,65 @@
+"""Chapter 12: what its text says, by the records."""
+
+import numpy as np
+import pytest
+
+from helpers.harness import carry
+
+REAL = ["novel", "speeches", "questions"]
+AT4 = "recipes, 4 bits: "
+
+
+def test_verdicts_on_both_models():
+    both = carry.both_models()
+    counts = carry.agreement(both.drop(columns="kind")).sum()
+    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (25, 40, 32, 3)
+    assert counts.sum() == 3 * len(both) == carry.agreement_by_kind(both).to_numpy().sum()
+    opposite = both[(both["bundled"] == "higher") & (both[REAL] == "lower").all(axis=1)]
+    assert opposite.index.tolist() == [("recipes, 4 bits", "AWQ")]
+    none = both[REAL].eq("no difference").to_numpy() & ~both["bundled"].eq("no difference").to_numpy()[:, None]
+    assert none.sum() == 1  # of the 32: elsewhere it is the bundled model that sees nothing
+    settings = both[both["kind"] == "a setting of GPTQ"]
+    assert settings.loc[("recipes, 4 bits", "GPTQ, symmetric"), ["bundled", *REAL]].eq("higher").all()
+    for bits in (2, 3, 4):
+        assert both.loc[("GPTQ beside rounding", f"{bits} bits"), "bundled"] == "lower"
+
+
+def test_kinds():
+    assert carry.kind("calibration windows of 256", "16") == "calibration"
+    assert carry.kind("remedies, 4 bits", "damping by the median") == "a setting of GPTQ"
+    assert carry.kind("recipes, 4 bits", "AWQ's scales, then GPTQ") == "one method or another"
+    assert carry.said(0.1, 0.2) == "higher" and carry.said(-0.2, -0.1) == "lower" and carry.said(-1, 1) == "no difference"
+
+
+def test_remedies():
+    rows = [f"remedies, 4 bits: {r}" for r in ("first tokens left out", "rounding", "damping by the median", "GPTQ")]
+    worse = carry.real("remedies", *rows[:2])
+    assert [round(i.estimate, 2) for i in worse.values()] == [0.06, 0.09, 0.09] and all(i.low > 0 for i in worse.values())
+    median = carry.real("remedies", *rows[2:])
+    assert [i.low > 0 for i in median.values()] == [True, True, False] and all(i.estimate > 0 for i in median.values())
+    told = carry.panels("remedies")
+    for value, shares in (("desc_act", (0.35, 0.46)), ("searched scales", (0.17, 0.22))):
+        gone = [1 - told[w]["remedies, 4 bits"][value]["kl"][0] / told[w]["remedies, 4 bits"]["GPTQ"]["kl"][0] for w in REAL]
+        assert all(shares[0] < g < shares[1] for g in gone)
+    assert {carry.verdict(r) for v, r in told["bundled"]["remedies, 4 bits"].items() if v != "rounding"} == {"no difference"}
+
+
+def test_what_is_chosen_on_the_tuning_set():
+    found, best = carry.chosen(), "AWQ's scales, then GPTQ, desc_act, searched scales"
+    assert found["chosen"].to_dict() == {"bundled": "GPTQ, desc_act", "novel": best, "speeches": best,
+                                         "questions": "GPTQ, desc_act, searched scales"}
+    assert found["nearer"].to_dict() == {"bundled": "none", "novel": "none", "speeches": "none", "questions": best}
+    estimates = [float(text.split(" ")[0]) for text in found["the default's less its own"]]
+    assert all(0.17 <= round(e, 2) <= 0.2 for e in estimates[1:]) and "[+" in found.loc["bundled", "the default's less its own"]
+    assert found["tried"].tolist()[0] == 14 and len(carry.panels("tuned")["bundled"]["recipes, 4 bits"]) == 16
+
+
+def test_searched_scales_of_symmetric_grids_on_the_real_model():
+    default, searched = f"{AT4}GPTQ, symmetric", f"{AT4}GPTQ, symmetric, searched scales"
+    less = carry.real("recipes", searched, default)
+    assert all(i.high < 0 for i in less.values())
+    of = {w: carry.panels("recipes")[w]["recipes, 4 bits"] for w in REAL}
+    gone = [1 - o["GPTQ, symmetric, searched scales"]["kl"][0] / o["GPTQ, symmetric"]["kl"][0] for o in of.values()]
+    assert min(gone) == pytest.approx(0.25, abs=0.01) and max(gone) == pytest.approx(0.42, abs=0.01)
+    beside_plain = list(carry.real("recipes", searched, f"{AT4}GPTQ").values())
+    assert all(i.high < 0 for i in beside_plain[:2]) and np.isfinite(beside_plain[2]).all()
