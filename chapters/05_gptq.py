@@ -403,7 +403,7 @@ carry.verdicts("gptq").loc["calibration windows of 256"]
 # - *AWQ* has twice plain GPTQ's KL on the bundled model, and 0.6 to 0.7 of it on the real one. GPTQ with desc_act and searched
 #   scales has less than AWQ on both.
 # - *AWQ's scales, then GPTQ* with searched scales: no difference from plain GPTQ on the bundled model, less than half of its KL
-#   on the real one. With desc_act as well (not measured on the bundled model) 72 % [70, 75] of what rounding costs the novel
+#   on the real one. With desc_act as well (no difference on the bundled model) 72 % [70, 75] of what rounding costs the novel
 #   in loss is won back, and 61 % [57, 64] of what it costs speeches: the most of all that was tried, on both.
 # - *Plain GPTQ* wins back 10 % [4, 17] of what rounding costs the novel in loss, and nothing that can be told of what it costs
 #   speeches; with desc_act and searched scales it is 64 % [61, 68] and 52 % [49, 56]. On the bundled model plain GPTQ has 72 %.

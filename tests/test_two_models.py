@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from helpers.harness import carry
+from helpers.results import read
 
 REAL = ["novel", "speeches", "questions"]
 AT4 = "recipes, 4 bits: "
@@ -42,6 +43,32 @@ def test_remedies():
         gone = [1 - told[w]["remedies, 4 bits"][value]["kl"][0] / told[w]["remedies, 4 bits"]["GPTQ"]["kl"][0] for w in REAL]
         assert all(shares[0] < g < shares[1] for g in gone)
     assert {carry.verdict(r) for v, r in told["bundled"]["remedies, 4 bits"].items() if v != "rounding"} == {"no difference"}
+
+
+def test_what_the_bundled_model_rules_out_of_the_remedies():
+    """The interval of three of them, over plain GPTQ's KL, leaves out what the real model shows; that of the median does not."""
+    told = {w: of["remedies, 4 bits"] for w, of in carry.panels("remedies").items()}
+    out = {}
+    for value in ("desc_act", "searched scales", "first tokens left out", "damping by the median"):
+        share = {w: [x / of["GPTQ"]["kl"][0] for x in of[value]["kl_against_first"]] for w, of in told.items()}
+        low, high = share["bundled"][1:]
+        out[value] = all(not low < share[w][0] < high for w in REAL)
+    assert list(out.values()) == [True, True, True, False]
+
+
+def test_where_the_loud_channels_are():
+    rows = read("inputs").data["rows"]
+
+    def loudest(whose, end):
+        return [r["channels"][0] for r in rows[whose] if r["linear"].endswith(end)]
+
+    assert [round(f(loudest("bundled", "q_proj"))) for f in (min, max)] == [3, 14]
+    assert [round(f(loudest("real", "q_proj"))) for f in (min, max)] == [88, 465]
+    assert min(loudest("bundled", "down_proj")) > 45 and max(loudest("bundled", "down_proj")) < 195
+    largest = [r["of_largest"] for r in rows["real"] if r["linear"].endswith("q_proj")]
+    assert [round(100 * f(largest)) for f in (min, max)] == [41, 87]
+    ranked = sorted((r["damping"] for r in rows["real"]), reverse=True)
+    assert len(ranked) == 120 and ranked[2] > 0.2 and ranked[3] < 0.125
 
 
 def test_what_is_chosen_on_the_tuning_set():
