@@ -46,7 +46,7 @@ def test_remedies():
 
 
 def test_what_the_bundled_model_rules_out_of_the_remedies():
-    """The interval of three of them, over plain GPTQ's KL, leaves out what the real model shows; that of the median does not."""
+    """The interval of three of them, over plain GPTQ's KL, leaves out what the real model shows; the median's does not."""
     told = {w: of["remedies, 4 bits"] for w, of in carry.panels("remedies").items()}
     out = {}
     for value in ("desc_act", "searched scales", "first tokens left out", "damping by the median"):
