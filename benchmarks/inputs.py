@@ -6,6 +6,7 @@ from benchmarks.sweeps import SUBJECTS, WINDOWS
 from helpers.files import folder_hash
 from helpers.measure.inputs import POSITIONS, SHARES, look_at
 from helpers.models.fetch import origin
+from helpers.models.source import BUNDLED
 from helpers.results import Record, save
 
 
@@ -13,8 +14,9 @@ def main() -> None:
     bundled, small = SUBJECTS["bundled"], SUBJECTS["small"]
     models = {"bundled": (bundled, bundled.base), "with outlier channels": (bundled, bundled.loud), "real": (small, small.base)}
     rows = {name: look_at(full.load(), subject.tokens()[:WINDOWS]) for name, (subject, full) in models.items()}
-    told = {"shares": SHARES, "positions": POSITIONS, "windows": WINDOWS, "rows": rows, "model": origin(small.base.folder)}
-    print(save(Record("inputs", told, command="python -m benchmarks.inputs", model_sha256=folder_hash(small.base.folder))))
+    real = [origin(small.base.folder), folder_hash(small.base.folder)]
+    told = {"shares": SHARES, "positions": POSITIONS, "windows": WINDOWS, "rows": rows, "real": real}
+    print(save(Record("inputs", told, command="python -m benchmarks.inputs", model_sha256=folder_hash(BUNDLED))))
 
 
 if __name__ == "__main__":
