@@ -89,9 +89,8 @@ class Subject:
                            **also) for draw in range(self.draws if pool else 1)]
 
     def items(self, sweep: str) -> list[Item]:
-        """What the variants are scored on: 60 questions a task of the bundled model's world (all of them where
-        differences are small); for a real model English
-        passages of two voices, and questions. Of the judging set, but for "tuned"."""
+        """What the variants are scored on: 60 questions a task of the bundled model's world (all of them where differences are
+        small); for a real model English passages of two voices, and questions. Of the judging set, but for "tuned"."""
         split, limit = "tune" if sweep == "tuned" else "judge", None if sweep in ALL_QUESTIONS else 60
         if self.name == "bundled":
             return [encode(self.tokenizer, e) for e in examples(split, limit=limit)]

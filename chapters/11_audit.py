@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -655,5 +660,6 @@ print(audit.counts())
 # 1. So that whoever has the machine can decide it. 2. It holds with conditions, and the conditions are the finding.
 # </details>
 #
-# **Next**: your own model, `make compare MODEL=...`. *References*: [GPTQ](https://arxiv.org/abs/2210.17323),
-# [AWQ](https://arxiv.org/abs/2306.00978), [QLoRA](https://arxiv.org/abs/2305.14314); the article is in the bibliography.
+# **Next**: [chapter 12](12_two_models.ipynb), how far one small model's findings carry; and your own model, `make compare
+# MODEL=...`. *References*: [GPTQ](https://arxiv.org/abs/2210.17323), [AWQ](https://arxiv.org/abs/2306.00978),
+# [QLoRA](https://arxiv.org/abs/2305.14314); the article is in the bibliography.

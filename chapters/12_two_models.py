@@ -111,7 +111,7 @@ if model == "bundled":
     recorded.pop("bundled")
 whose = {f"{'bundled' if model == 'bundled' else 'your model'}, live": here, **recorded}
 
-
+# %% tags=["nbval-ignore-output"]
 def reads(rows, end):
     """The rows of linears of this name; of a model that has others, the first ones of its blocks."""
     return [r for r in rows if r["linear"].endswith(end)] or [r for r in rows if r["linear"] == rows[0]["linear"]]
@@ -250,11 +250,13 @@ pd.DataFrame(table).dropna()
 carry.chosen()
 
 # %% [markdown]
-# (`tried` are those that both sets have. The sets have different texts, so their columns of KL do not compare.) On the bundled
-# model the choice is desc_act; it is measurably nearer to full precision than the default, mostly for its asymmetric grid: from
-# plain GPTQ it cannot be told. On the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are chosen,
-# and hold. On its questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other one,
-# 0.01 nats/token apart. KL is 0.17 to 0.20 below the default's either way.
+# (`tried`: recipes that both sets have; `nearer`: those that the judging set finds measurably nearer to full precision than the
+# choice. The sets have different texts, so their columns of KL do not compare.) On the bundled model the choice is desc_act; it
+# is measurably nearer to full precision than the default, mostly for its asymmetric grid: from plain GPTQ it cannot be told. On
+# the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are chosen, and hold. On its questions the
+# tuning set puts GPTQ with desc_act and searched scales first, the judging set the other one, 0.01 nats/token apart. KL is 0.17
+# to 0.20 below the default's either way.
+#
 # And the default itself? Symmetric GPTQ is the toolkits' default, and a symmetric file is what every engine that we tried reads
 # (vLLM on a CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales make no other kind of file. On the
 # real model, beside the default:

@@ -52,7 +52,7 @@ def shape_of(kept: FirstApart) -> dict[str, Any]:
 
 
 def damping(diagonal: Tensor, share: float = 0.01) -> float:
-    """That share of the mean of H's diagonal, in units of the channel in the middle."""
+    """That share of the mean of H's diagonal, in units of the median channel."""
     return float(share * diagonal.mean() / diagonal.median())
 
 
@@ -62,6 +62,6 @@ def at_shares(values: Tensor) -> list[float]:
 
 
 def by_position(hidden: Sequence[Tensor]) -> list[float]:
-    """Root mean square of the residual stream at each of POSITIONS that the texts have, over that of the middle one."""
+    """Root mean square of the residual stream at each of POSITIONS that the texts have, over their median."""
     rms = torch.cat([h.float().square().mean(-1) for h in hidden]).mean(0).sqrt()
     return [float(f"{rms[p] / rms.median():.4g}") for p in POSITIONS if p < len(rms)]
