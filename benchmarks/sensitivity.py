@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.sweeps import tokens
+from benchmarks.sweeps import SUBJECTS
 from helpers.files import folder_hash
 from helpers.harness.allocate import Allocation
 from helpers.harness.compare import Quality
@@ -129,7 +129,7 @@ def nested(values: Mapping[tuple[str, Method], Any]) -> dict[str, dict[str, Any]
 def speed() -> None:
     """The map, and on a linear of each block, of as many kinds, the loop that everybody writes first."""
     with tempfile.TemporaryDirectory() as folder:
-        sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION), store=Store(Path(folder)))
+        sens = Sensitivity(items("tune", TUNE), SUBJECTS["bundled"].tokens(**CALIBRATION), store=Store(Path(folder)))
         model, judge = sens.base.load(), Judge(sens.items, sens.base.load())
         started = time.perf_counter()
         judge.score(model)  # what the reference says is remembered from here on
@@ -189,7 +189,7 @@ def told(choice: Choice) -> tuple[list[float], str, str]:
 
 def the_map() -> Planner:
     """Cells of the tuning questions, and what is derived from them."""
-    sens = Sensitivity(items("tune", TUNE), tokens(**CALIBRATION))
+    sens = Sensitivity(items("tune", TUNE), SUBJECTS["bundled"].tokens(**CALIBRATION))
     options = given()
     cells = sens.down(MAP)
     plan_cells = sens.down(options, [n for n in sens.shapes if where(n)[0] is not None])

@@ -59,6 +59,7 @@ class Subject:
     groups: tuple[int, ...]
     draws: int
     sets: tuple[str, ...]
+    loudest: str = ""  # the linear at which the first token outweighs all others (data/results/inputs.json)
 
     @cached_property
     def base(self) -> Original:
@@ -111,7 +112,7 @@ ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies")
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
-    Subject("small", 64, (64, 32, -1), 4, (*VOICES, "instructions", "own")))}
+    Subject("small", 64, (64, 32, -1), 4, (*VOICES, "instructions", "own"), r"layers\.11\.mlp\.down_proj$"))}
 
 
 class Panel(NamedTuple):
@@ -149,7 +150,7 @@ def nf4_panels(s: Subject) -> Iterator[Panel]:
 
 def gptq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, where there is something to lose, except where bits are swept."""
-    plain, pool = Gptq(3, s.group, sym=False), s.tokens()
+    plain, pool = Gptq(3, s.group, sym=False, search=False), s.tokens()
     for bits in (2, 3, 4, 8):
         yield Panel("bits", f"rounding, {bits}", s.drawn(Rtn(bits, s.group, sym=False)))
         yield Panel("bits", f"GPTQ, {bits}", s.drawn(replace(plain, bits=bits), pool))
@@ -172,7 +173,7 @@ def gptq_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("scales of groups of 32", "stale, as the toolkits", s.drawn(AutoGptq(3, 32, sym=False), pool))
     yield Panel("calibrated on", "quantized predecessors", s.drawn(plain, pool))
     yield Panel("calibrated on", "same block unquantized", s.drawn(Plan(plain, inputs="block"), pool))
-    yield from by_whom(s, Gptq(), "autogptq-gptq", "gptqmodel-gptq")
+    yield from by_whom(s, Gptq(search=False), "autogptq-gptq", "gptqmodel-gptq")
 
 
 def best_panels(s: Subject) -> Iterator[Panel]:
@@ -180,7 +181,8 @@ def best_panels(s: Subject) -> Iterator[Panel]:
     pool = s.tokens()
     for bits in (3, 4):
         for value, method in {
-                "GPTQ": Gptq(bits, s.group, sym=False), "searched scales": Gptq(bits, s.group, sym=False, search=True),
+                "GPTQ": Gptq(bits, s.group, sym=False, search=False),
+                "searched scales": Gptq(bits, s.group, sym=False, search=True),
                 "searched scales, desc_act, damping 0.1": Gptq(bits, s.group, sym=False, search=True, desc_act=True,
                                                                damp_percent=0.1),
                 "AWQ before, searched scales": AwqGptq(bits, s.group, sym=False, search=True)}.items():
@@ -192,30 +194,35 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
     """What a reader may choose between, at equal bits and groups."""
     pool = s.tokens()
     for bits in (4, 3):
-        plain, scaled = Gptq(bits, s.group, sym=False), AwqGptq(bits, s.group, sym=False, search=True)
+        plain = Gptq(bits, s.group, sym=False, search=False)
+        symmetric, scaled = replace(plain, sym=True), AwqGptq(bits, s.group, sym=False, search=True)
         recipes: dict[str, Method] = {
             "GPTQ": plain, "rounding": Rtn(bits, s.group, sym=False), "rounding, symmetric": Rtn(bits, s.group),
-            "GPTQ, symmetric": Gptq(bits, s.group), "GPTQ, damping 0.0001": replace(plain, damp_percent=1e-4),
+            "GPTQ, symmetric": symmetric, "GPTQ, damping 0.0001": replace(plain, damp_percent=1e-4),
             "GPTQ, damping 0.1": replace(plain, damp_percent=0.1), "GPTQ, desc_act": replace(plain, desc_act=True),
             "GPTQ, searched scales": replace(plain, search=True),
             "GPTQ, desc_act, searched scales": replace(plain, desc_act=True, search=True), "AWQ": Awq(bits, s.group),
             "AWQ's scales, then GPTQ": replace(scaled, search=False), "AWQ's scales, then GPTQ, searched scales": scaled,
             "AWQ's scales, then GPTQ, desc_act, searched scales": replace(scaled, desc_act=True)}
         if bits == 4:  # symmetric grids are what the fastest kernels, and vLLM on a CPU, read
-            recipes |= {"NF4": Nf4(), "GPTQ, symmetric, searched scales": Gptq(bits, s.group, search=True),
-                        "AWQ's scales, then GPTQ, symmetric, searched scales": AwqGptq(bits, s.group, search=True)}
+            recipes |= {"NF4": Nf4(), "GPTQ, symmetric, searched scales": replace(symmetric, search=True),
+                        "GPTQ, symmetric, desc_act, searched scales": replace(symmetric, desc_act=True, search=True),
+                        "AWQ's scales, then GPTQ, symmetric, searched scales": replace(scaled, sym=True)}
         for value, method in recipes.items():
             yield Panel(f"recipes, {bits} bits", value, s.drawn(method, pool if method.keeps else (), len(pool)))
 
 
 def remedy_panels(s: Subject) -> Iterator[Panel]:
     """What helps GPTQ where a few channels and the first token are loud."""
-    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False}
-    for value, method in {
-            "GPTQ": Gptq(**plain), "first tokens left out": GptqAfterFirst(**plain),
-            "damping by the median": GptqMedian(**plain),
-            "desc_act": Gptq(**plain, desc_act=True), "searched scales": Gptq(**plain, search=True),
-            "AWQ's scales before": AwqGptq(**plain)}.items():
+    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False, "search": False}
+    gptq, first = Gptq(**plain), GptqAfterFirst(**plain)
+    remedies: dict[str, Plan | Method] = {
+        "GPTQ": gptq, "first tokens left out": first, "damping by the median": GptqMedian(**plain),
+        "desc_act": replace(gptq, desc_act=True), "searched scales": replace(gptq, search=True),
+        "AWQ's scales before": AwqGptq(**plain)}
+    if s.loudest:
+        remedies["first tokens left out where they are loudest"] = Plan(gptq, ((s.loudest, first),))
+    for value, method in remedies.items():
         yield Panel("remedies, 4 bits", value, s.drawn(method, pool, len(pool)))
     yield Panel("remedies, 4 bits", "rounding", s.drawn(Rtn(4, s.group, sym=False)))
 
@@ -224,8 +231,7 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
     pool = s.tokens()
     for name, base in (("model", s.base), ("with outlier channels", s.loud)):
-        gptq, scaled = (s.drawn(method, pool, base=base)
-                        for method in (Gptq(3, s.group, sym=False), AwqGptq(3, s.group, sym=False)))
+        gptq, scaled = (s.drawn(method(3, s.group, sym=False, search=False), pool, base=base) for method in (Gptq, AwqGptq))
         yield Panel(name, "rounding", s.drawn(Rtn(3, s.group, sym=False), base=base))
         kept = Plan(LargestInputs(3, s.group, sym=False), inputs="model")
         yield Panel(name, "rounding, 4 channels in 16 bits", [Simulation(str(kept), kept, pool[:WINDOWS], base)])
@@ -316,14 +322,16 @@ class Held:
 def work(sweeps: Sequence[Sweep], part: int, parts: int, draws: int, minutes: float, known: Sequence[str] = ()) -> None:
     """Every `parts`-th of the variants, for several processes at once, until so many draws of each are there: what is neither
     stored nor `known`. One that fails is named, and left."""
-    stop, todo = time.monotonic() + 60 * minutes, {}  # {hash of a variant: it, and the sweeps that ask for it}
+    stop, todo = time.monotonic() + 60 * minutes, {}  # {hash of a variant: which draw, it, and the sweeps that ask for it}
     for sweep in sweeps:
         for panel in sweep.panels():
             missing = [v for v in panel.draws if what_was_asked(sweep.quality.key | {"variant": v.key()}) not in known]
-            for variant in missing[:max(0, draws - len(panel.draws) + len(missing))]:
-                asked_by = todo.setdefault(key_hash(variant.key()), (variant, []))[1]
+            there = len(panel.draws) - len(missing)
+            for n, variant in enumerate(missing[:max(0, draws - there)], there):
+                asked_by = todo.setdefault(key_hash(variant.key()), (n, variant, []))[2]
                 asked_by += [] if sweep in asked_by else [sweep]
-    for variant, of in tqdm(list(todo.values())[part::parts], desc=f"part {part}"):
+    first_draws_first = sorted(todo.values(), key=lambda it: it[0])
+    for _, variant, of in tqdm(first_draws_first[part::parts], desc=f"part {part}"):
         if time.monotonic() > stop:
             return
         held = Held(variant)
