@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.speed import LARGER, random_model
 from helpers.files import code_hash, folder_hash, key_hash, write_atomically
 from helpers.measure.memory import alone
+from helpers.methods.awq import Awq
+from helpers.methods.gptq import Gptq
+from helpers.methods.nf4 import Nf4
 from helpers.models.checkpoint import quantize_to
-from helpers.models.method import Method
 from helpers.models.source import BUNDLED, load, shell
 from helpers.models.texts import calibration, windows
 from helpers.results import RESULTS, Record, machine, save, versions, versions_in
@@ -35,6 +37,7 @@ from helpers.toolkits.process import ORIGINALS, ROOT, Job, run
 PARTIAL, LENGTH = ROOT / ".cache" / "effort", 128  # runs and files so far, removed when the record is written; tokens a window
 TOOLKITS = ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq")
 ANSWER = ("16 bits", "bitsandbytes-nf4", "file-nf4", "file-gptq", "file-awq")  # the files are ours, the loaders transformers'
+METHODS = {"nf4": Nf4(), "gptq": Gptq(search=False), "awq": Awq()}  # as the toolkits do them
 SIDES = ("ours-nf4", "ours-gptq", "ours-awq", *TOOLKITS, *ANSWER)
 PAIRS = {"ours": ("ours", "ours"), "GPTQModel": ("gptqmodel", "gptqmodel"), "archived": ("autogptq", "autoawq")}
 PARTS = {"gram": "models.method.Gram.add", "factor": "quantizers.gptq.feedback_factor", "solve": "methods.gptq.gptq",
@@ -58,7 +61,7 @@ def ours(folder: Path, method: str, tokens, out: Path) -> dict[str, float]:
     with ExitStack() as stack:
         for part, target in PARTS.items():
             stack.enter_context(patch(f"helpers.{target}", timed(resolve_name(f"helpers.{target}"), part)))
-        timed(quantize_to, "seconds")(out, folder, Method.known[method](), tokens)
+        timed(quantize_to, "seconds")(out, folder, METHODS[method], tokens)
     spent["solve"] -= spent["factor"]  # which it calls
     return spent | {"rest": 2 * spent["seconds"] - sum(spent.values())}
 

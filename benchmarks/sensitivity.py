@@ -45,9 +45,9 @@ from helpers.store import Store, bundle
 from helpers.toolkits.artefacts import CALIBRATION
 
 TUNE, JUDGE, DRAWS = 30, 40, 2  # questions a task; quantizations of each plan
-MAP = (Rtn(4), Rtn(3), Rtn(2), Gptq(4), Gptq(3), Gptq(2), Awq(4), Awq(3), Awq(2), Nf4())
+MAP = (Rtn(4), Rtn(3), Rtn(2), *(Gptq(b, search=False) for b in (4, 3, 2)), Awq(4), Awq(3), Awq(2), Nf4())
 BUDGETS = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0)  # bits a weight, as files count them
-BASE = Gptq(search=True)
+BASE = Gptq()
 KEPT = ("answer_nll", "answer_kl", "exact")
 
 

@@ -29,7 +29,7 @@ from helpers.results import RESULTS, Record, save
 from helpers.store import Store, bundle
 
 SMALL, DRAWS = SUBJECTS["small"], 2
-BASE = Gptq(group_size=SMALL.group, search=True)
+BASE = Gptq(group_size=SMALL.group)
 GIVEN = tuple(replace(BASE, bits=b) for b in (2, 3, 4, 8))  # what a linear may get, and what uniform plans are made of
 MAP = (*GIVEN, Rtn(3, SMALL.group), Rtn(4, SMALL.group))
 

@@ -91,16 +91,18 @@ class Subject:
 
     def items(self, sweep: str) -> list[Item]:
         """What the variants are scored on: 60 questions a task of the bundled model's world (all of them where differences are
-        small); for a real model English passages of two voices, and questions. Of the judging set, but for "tuned"."""
+        small); for a real model English passages of two voices, and questions (a quarter of them in the sweeps of QUARTER).
+        Of the judging set, but for "tuned"."""
         split, limit = "tune" if sweep == "tuned" else "judge", None if sweep in ALL_QUESTIONS else 60
+        step = 4 if sweep in QUARTER else 1
         if self.name == "bundled":
             return [encode(self.tokenizer, e) for e in examples(split, limit=limit)]
         asked = examples(f"english_{split}", limit=50)
         if split == "tune":  # by KL, for which wrong choices are not needed
             return [Item(ids, 1, voice, f"{voice}-{n}") for voice in VOICES for n, ids in enumerate(self.unseen(voice))] + [
                 encode(self.tokenizer, e) for e in asked]
-        return [i for voice in VOICES for i in encode_text(self.tokenizer, text(voice), 512, voice)] + [
-            i for e in asked for i in encode_choices(self.tokenizer, e)]
+        return [i for voice in VOICES for i in encode_text(self.tokenizer, text(voice), 512, voice)[::step]] + [
+            i for e in asked[::step] for i in encode_choices(self.tokenizer, e)]
 
     def unseen(self, voice: str) -> list[tuple[int, ...]]:
         """Windows of a calibration set after the 128 that "recipes" is calibrated on: to choose settings by."""
@@ -108,7 +110,8 @@ class Subject:
 
 
 VOICES = ("novel", "speeches")
-ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies")
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers")
+QUARTER = ("awq", "nf4", "makers")  # on two cores scoring takes longer than quantizing
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
@@ -123,13 +126,24 @@ class Panel(NamedTuple):
     draws: Draws
 
 
-def by_whom(s: Subject, method: Method, *theirs: str) -> Iterator[Panel]:
-    """Ours beside the toolkits' committed files (one draw each) at 4 bits, all calibrated on the same windows."""
-    if s.name == "bundled":  # of which alone there are such files
-        pool = s.tokens(**CALIBRATION)
-        yield Panel("4 bits, by whom", "ours", s.drawn(method, pool, len(pool)))
-        for name in theirs:
-            yield Panel("4 bits, by whom", name.split("-")[0], [ToolkitArtefact(name, exact=True)])
+def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by whom") -> Iterator[Panel]:
+    """Ours beside the toolkits' files (one draw each) at 4 bits, all calibrated on the same windows."""
+    pool = s.tokens(**CALIBRATION)
+    yield Panel(knob, "ours", s.drawn(method, pool, len(pool)))
+    for name in theirs:
+        yield Panel(knob, name.split("-")[0], [ToolkitArtefact(name, s.name, exact=True)])
+
+
+def makers_panels(s: Subject) -> Iterator[Panel]:
+    """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large: symmetric grids."""
+    yield from by_whom(s, Gptq(4, s.group, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
+    yield from by_whom(s, Awq(4, s.group), "autoawq-awq", knob="AWQ, by whom")
+    pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group)
+    yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
+    for value, method in {"GPTQ": best, "GPTQ, desc_act": replace(best, desc_act=True),
+                          "AWQ's scales, then GPTQ": AwqGptq(4, s.group),
+                          "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True)}.items():
+        yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 
 def nf4_panels(s: Subject) -> Iterator[Panel]:
@@ -173,7 +187,8 @@ def gptq_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("scales of groups of 32", "stale, as the toolkits", s.drawn(AutoGptq(3, 32, sym=False), pool))
     yield Panel("calibrated on", "quantized predecessors", s.drawn(plain, pool))
     yield Panel("calibrated on", "same block unquantized", s.drawn(Plan(plain, inputs="block"), pool))
-    yield from by_whom(s, Gptq(search=False), "autogptq-gptq", "gptqmodel-gptq")
+    if s.name == "bundled":  # of which such files are committed
+        yield from by_whom(s, Gptq(search=False), "autogptq-gptq", "gptqmodel-gptq")
 
 
 def best_panels(s: Subject) -> Iterator[Panel]:
@@ -246,11 +261,12 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
         yield Panel("calibration text", name, s.drawn(Awq(3, s.group), texts))
     for group in s.groups:
         yield Panel("group size", str(group), s.drawn(Awq(3, group), pool))
-    yield from by_whom(s, Awq(), "autoawq-awq", "gptqmodel-awq")
+    if s.name == "bundled":
+        yield from by_whom(s, Awq(), "autoawq-awq", "gptqmodel-awq")
 
 
 PANELS = {"recipes": recipe_panels, "tuned": recipe_panels, "remedies": remedy_panels, "best": best_panels,
-          "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
+          "makers": makers_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
 
 
 @dataclass(frozen=True)

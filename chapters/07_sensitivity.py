@@ -174,7 +174,8 @@ from helpers.harness.sensitivity import stored, table
 if is_bundled:
     reference, cells = stored()
 else:
-    reference, cells = live.panel.score(), {k: c.arrays for k, c in live.down([Rtn(3, size), Gptq(3, size)]).items()}
+    reference, methods = live.panel.score(), [Rtn(3, size), Gptq(3, size, search=False)]
+    cells = {k: c.arrays for k, c in live.down(methods).items()}
 frame = table(cells, reference)
 shown = list(dict.fromkeys(frame.setting))
 norm = maps.common_norm(frame)
@@ -272,7 +273,7 @@ for bits, ups in record["upwards"].items():
     gains = {k: 100 * (1 - v[0] / low) for k, v in ups.items() if k and not k.startswith("model.")}
     print(f"all at {bits} bits: KL {low:.3f}; put back to 16 bits, it falls by", ", ".join(
         f"{k.removesuffix('_proj')} {g:.0f} %" for k, g in gains.items()))
-    down = [record["options"][n][str(Gptq(int(bits), search=True))][0] for n in layers]
+    down = [record["options"][n][str(Gptq(int(bits)))][0] for n in layers]
     up = [low - ups[n][0] for n in layers]
     print(f"  linear by linear, downwards against upwards: rank correlation {rank_correlation(down, up)}\n"
           f"  of the KL of all at once, single linears sum to {sum(down) / low:.2f} downwards and {sum(up) / low:.2f} upwards")
@@ -300,7 +301,7 @@ print(inspect.getsource(scores).split("BY_WEIGHTS = ")[1].split("\n\n\ndef")[0])
 # How well does each rank the 28 linears of the bundled model, and how well all settings of all linears together?
 
 # %%
-cheap, setting = record["cheap"]["scores"], str(Gptq(3, search=True))
+cheap, setting = record["cheap"]["scores"], str(Gptq(3))
 dear = {n: record["options"][n][setting][0] for n in layers}
 mixed = [(n, s) for n in layers for s in record["options"][n]]
 ranks = pd.DataFrame({score: {
@@ -382,13 +383,13 @@ from helpers.harness.planner import Planner, single_kl
 from helpers.models.formats import GPTQ
 
 if is_bundled:
-    widths = {str(m): m for b in (2, 3, 4, 8) for g in (32, 64, 128) for m in [Gptq(b, g, search=True)]}
+    widths = {str(m): m for b in (2, 3, 4, 8) for g in (32, 64, 128) for m in [Gptq(b, g)]}
     kl = {(n, widths[s]): k[0] for n, of in record["options"].items() for s, k in of.items()}
 else:
-    options = [Gptq(b, size, search=True) for b in (3, 4)]
+    options = [Gptq(b, size) for b in (3, 4)]
     kl = single_kl(live.down(options, inside))
 planner = Planner(live, kl, GPTQ)
-three, four = (planner.bits(Plan(Gptq(b, size, search=True))) for b in (3, 4))
+three, four = (planner.bits(Plan(Gptq(b, size))) for b in (3, 4))
 budget = round((0.75 * three + 0.25 * four), 2)
 allocation = planner.allocation(budget)
 figure, ax = plt.subplots(figsize=(5, 0.8 + 0.35 * live.count))
@@ -513,7 +514,7 @@ print(at, price.sort_values("KL for each MB", ascending=False).to_string(float_f
 # **"Selective precision beats converting everything to 4 bits."** At the bytes of uniform 4 bits in groups of 128:
 
 # %%
-whole = str(Gptq(4, search=True))
+whole = str(Gptq(4))
 for name in (n for n in planned if abs(about[n]["bits"] - about[whole]["bits"]) < 0.05):
     print(f"{name} less uniform 4 bits: {paired(plans[name], plans[whole], 'answer_kl')}")
 

@@ -58,7 +58,7 @@ def run(options: Namespace) -> None:
     tune, judge = (encode_all(tokenizer, part, given.full.config) for part in (given.tune, given.judge))
     sensitivity = Sensitivity(tune, given.tokens, given.full, device=options.device)
     inside = list(sensitivity.shapes)[1:-1]
-    methods = settings(options.bits, options.groups, Gptq(search=True, sym=not options.asym))
+    methods = settings(options.bits, options.groups, Gptq(sym=not options.asym))
     plain = Planner(sensitivity, {(n, m): 0.0 for n in inside for m in methods if sensitivity.fits(n, m)}, form,
                     alike=not options.unlike)
     plain.allocation(options.budget)  # a budget that cannot be kept is told before anything is measured

@@ -6,6 +6,7 @@ little as they can. (autoawq's arithmetic is held against autoawq itself in test
 
 import hashlib
 import json
+from dataclasses import replace
 
 import torch
 
@@ -22,13 +23,14 @@ from helpers.models.source import load
 from helpers.models.texts import calibration, windows
 from helpers.models.walk import walk
 
+PLAIN = Gptq(search=False)
 PLANS = {
-    "rtn": Rtn(), "rtn_asym_3": Rtn(3, 64, sym=False), "nf4": Nf4(), "gptq": Gptq(),
-    "gptq_3_asym_search": Gptq(3, sym=False, search=True), "gptq_desc_act": Gptq(desc_act=True, damp_percent=0.1),
-    "gptq_row": Gptq(group_size=-1), "gptq_block": Plan(Gptq(), inputs="block"),
-    "gptq_mixed": Plan(Gptq(), {"q_proj$": Gptq(8), r"layers\.1\..*v_proj": Keep()}),
+    "rtn": Rtn(), "rtn_asym_3": Rtn(3, 64, sym=False), "nf4": Nf4(), "gptq": PLAIN,
+    "gptq_3_asym_search": Gptq(3, sym=False), "gptq_desc_act": replace(PLAIN, desc_act=True, damp_percent=0.1),
+    "gptq_row": replace(PLAIN, group_size=-1), "gptq_block": Plan(PLAIN, inputs="block"),
+    "gptq_mixed": Plan(PLAIN, {"q_proj$": replace(PLAIN, bits=8), r"layers\.1\..*v_proj": Keep()}),
     "awq": Awq(), "awq_3": Awq(3, 64), "awq_scales": Awq(clip=False), "awq_clip": Awq(scale=False),
-    "awq+gptq": AwqGptq(3, sym=False), "autogptq": AutoGptq()}
+    "awq+gptq": AwqGptq(3, sym=False, search=False), "autogptq": AutoGptq()}
 MANY = ("awq_scales", "gptq", "rtn", "awq+gptq")
 
 

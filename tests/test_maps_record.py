@@ -35,13 +35,14 @@ def kl(arrays):
 def test_the_map(frame):
     inside = frame[frame.block.notna()]
     assert len(inside) == 28 * 10 and set(frame[frame.block.isna()].layer) == {"embedding", "output head"}
-    rounding, gptq = (inside[inside.setting == m].groupby("kind").kl.sum().sort_values() for m in (Rtn(3), Gptq(3)))
+    both = Rtn(3), Gptq(3, search=False)
+    rounding, gptq = (inside[inside.setting == m].groupby("kind").kl.sum().sort_values() for m in both)
     assert list(rounding.index[-2:]) == ["v_proj", "o_proj"] and list(gptq.index[-3:]) == ["gate_proj", "down_proj", "o_proj"]
     assert set(gptq.index[:2]) == {"q_proj", "k_proj"} and rounding["o_proj"] > 4 * gptq["o_proj"]
-    blocks, alike = (inside[inside.setting == m].groupby("block").kl.sum() for m in (Rtn(3), Gptq(3)))
+    blocks, alike = (inside[inside.setting == m].groupby("block").kl.sum() for m in both)
     assert 6 < blocks[0] / blocks[3] < 7 and alike.max() / alike.min() < 1.5
     ends = {(r.layer, r.setting): r.kl for r in frame[frame.block.isna()].itertuples()}
-    assert ends["output head", Rtn(3)] > 2 * ends["output head", Gptq(3)]
+    assert ends["output head", Rtn(3)] > 2 * ends["output head", Gptq(3, search=False)]
     assert ends["embedding", Rtn(2)] > 2 * inside[inside.setting == Rtn(2)].groupby("kind").kl.sum().max()
 
 
@@ -72,7 +73,7 @@ def test_what_fails_first(plans):
 
 def test_upwards_and_downwards(record):
     for bits, (together, back) in {"2": (0.19, 2.18), "3": (0.68, 1.43)}.items():
-        ups, setting = record["upwards"][bits], str(Gptq(int(bits), search=True))
+        ups, setting = record["upwards"][bits], str(Gptq(int(bits)))
         low, layers = ups[""][0], list(record["options"])
         down, up = [record["options"][n][setting][0] for n in layers], [low - ups[n][0] for n in layers]
         assert sum(down) / low == pytest.approx(together, abs=0.01) and sum(up) / low == pytest.approx(back, abs=0.01)
@@ -83,7 +84,7 @@ def test_upwards_and_downwards(record):
 
 
 def test_cheap_scores(record):
-    setting, layers = str(Gptq(3, search=True)), list(record["options"])
+    setting, layers = str(Gptq(3)), list(record["options"])
     dear = [record["options"][n][setting][0] for n in layers]
     ranks = {score: rank_correlation([of[n][setting] for n in layers], dear) for score, of in record["cheap"]["scores"].items()}
     assert max(ranks, key=lambda s: ranks[s].estimate) == "gradient x output error"
@@ -108,7 +109,7 @@ def test_plans_against_uniform(record, plans):
         best = min((n for n in uniform if about[n]["bits"] <= float(bits)), key=uniform.get)
         assert kl(arrays[f"plan, {bits} bits"]).estimate < 0.75 * uniform[best]
         assert paired(arrays[f"plan, {bits} bits"], arrays[best], "answer_kl").high < 0
-    assert not paired(arrays["plan, 4.25 bits"], arrays[str(Gptq(search=True))], "answer_kl").excludes_zero()
+    assert not paired(arrays["plan, 4.25 bits"], arrays[str(Gptq())], "answer_kl").excludes_zero()
     taken = {bits: told["taken"] == "plan" for bits, told in record["choices"].items()}
     assert taken == {"2.75": True, "3": True, "3.25": False, "3.5": True, "3.75": True, "4": True, "4.25": False, "4.5": False,
                      "5": True, "6": True}

@@ -160,7 +160,7 @@ def test_what_engines_fuse_is_alike_unless_told(planner):
 
 
 def test_settings_are_all_widths_and_groups_of_one_method():
-    assert settings() == [Gptq(b, g, search=True) for b in BITS for g in GROUPS]
+    assert settings() == [Gptq(b, g) for b in BITS for g in GROUPS]
     assert settings((3,), (64, 32), Rtn(sym=False)) == [Rtn(3, 64, sym=False), Rtn(3, 32, sym=False)]
 
 

@@ -309,7 +309,8 @@ class ExactGptq(Gptq):
 
 def gptq_again(model, before, method):
     """The codes that GPTQ finds for the weights `before` on the Gram matrices of `model` as it is now."""
-    return {f"{step.name}.{n}": gptq(before[f"{step.name}.{n}.weight"], gram.H, method.bits, method.group_size).quantized.codes
+    return {f"{step.name}.{n}": gptq(before[f"{step.name}.{n}.weight"], gram.H, method.bits, method.group_size,
+                                     search=method.search).quantized.codes
             for step in walk(model, TOKENS) for n, gram in step.grams(Gram).items()}
 
 

@@ -16,7 +16,7 @@ TALES = str(DATA / "text" / "tales.txt")
 
 @pytest.mark.parametrize("options, form", [
     (["--method", "awq", "--bits", "4", "--group", "64", "--no_clip"], "awq"), (["--method", "nf4"], "nf4"),
-    (["--bits", "3", "--group", "64", "--no_sym", "--search", "--inputs", "block"], "gptq_v2"),
+    (["--bits", "3", "--group", "64", "--no_sym", "--no_search", "--inputs", "block"], "gptq_v2"),
     (["--method", "rtn", "--format", "gptq_v2", "--keep", "o_proj", "--keep", "down"], "gptq_v2")])
 def test_a_model_becomes_an_artefact(tmp_path, options, form, capsys):
     assert main(["bundled", str(tmp_path / "out"), "--text", TALES, "--windows", "4", "--length", "64", *options]) == 0
@@ -26,9 +26,9 @@ def test_a_model_becomes_an_artefact(tmp_path, options, form, capsys):
     assert len(read.linears) == (20 if "--keep" in options else 28)
     said = capsys.readouterr().out
     assert "MB become" in said and said.count("left in 16 bits") == 28 - len(read.linears)
-    if "--search" in options:
+    if "--no_search" in options:
         assert record["plan"]["default"] == {"method": "gptq", "bits": 3, "group_size": 64, "sym": False, "desc_act": False,
-                                             "damp_percent": 0.01, "search": True}
+                                             "damp_percent": 0.01, "search": False}
         assert record["plan"]["inputs"] == "block" and record["tokens"] == 256
 
 

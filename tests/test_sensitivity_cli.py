@@ -120,7 +120,7 @@ def test_where_the_largest_group_fits_no_linear(own, small, monkeypatch):
     shown = []
     monkeypatch.setattr(module.maps, "heat_map", lambda ax, frame: shown.append(frame))
     arguments = [*small, "--budget", "6", "--groups", "32", "64", "128", "--bits", "4"]
-    assert main(arguments) == 0 and len(shown[0]) == 14 and set(shown[0].setting) == {Gptq(4, 32, search=True)}
+    assert main(arguments) == 0 and len(shown[0]) == 14 and set(shown[0].setting) == {Gptq(4, 32)}
 
 
 def test_the_bundled_model_from_its_map_to_a_file(own, capsys, nothing_twice, tmp_path):

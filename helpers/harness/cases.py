@@ -90,7 +90,7 @@ def steps(case: Case, of: Material, device: str = "cpu") -> list[Adjustment]:
     group = common_group(lm)
     best = Gptq(4, group, sym=False, search=True, desc_act=True)
     tokens = of.tokens[:32]
-    methods = {"NF4": (Nf4(), ()), "AWQ": (Awq(4, group), tokens), "GPTQ": (Gptq(4, group, sym=False), tokens)}
+    methods = {"NF4": (Nf4(), ()), "AWQ": (Awq(4, group), tokens), "GPTQ": (Gptq(4, group, sym=False, search=False), tokens)}
     last = "|".join(writers(lm))
     found = [(name, name, *methods[name]) for name in case.order] + [
         ("GPTQ, desc_act, searched scales", "order of columns and scales", best, tokens),

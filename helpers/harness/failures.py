@@ -103,7 +103,7 @@ def redrawn(variant: Simulation, draws: int) -> list[Simulation]:
 
 def _gptq(study: Study, name: str, bits: int, tokens: Sequence[Sequence[int]], **also) -> Simulation:
     group = common_group(study.full.load(study.device))
-    return Simulation(name, Gptq(bits, group, sym=False), tokens, study.full, **also)
+    return Simulation(name, Gptq(bits, group, sym=False, search=False), tokens, study.full, **also)
 
 
 def gate(**asked) -> Gate:

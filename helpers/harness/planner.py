@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 def settings(bits: Sequence[int] = BITS, groups: Sequence[int] = GROUPS, method: Method | None = None) -> list[Method]:
     """What a linear may get, and what uniform plans are made of: one method at all widths and groups."""
-    return [replace(method or Gptq(search=True), bits=b, group_size=g) for b in bits for g in groups]
+    return [replace(method or Gptq(), bits=b, group_size=g) for b in bits for g in groups]
 
 
 def single_kl(cells: Mapping[tuple[str, Method], Cell]) -> dict[tuple[str, Method], float]:

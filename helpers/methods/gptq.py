@@ -21,7 +21,7 @@ class Gptq(Rtn):
     stacks: ClassVar[bool] = True
     desc_act: bool = field(default=False, metadata={"help": "columns of the largest inputs first (chapter 5)"})
     damp_percent: float = field(default=0.01, metadata={"help": "damping, as a share of the mean diagonal (chapter 5)"})
-    search: bool = field(default=False, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
+    search: bool = field(default=True, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,6 +41,7 @@ class AutoGptq(Gptq):
     keeps: ClassVar[type[Gram]] = AutoGptqGram
     stacks: ClassVar[bool] = False
     at_once: ClassVar[int] = 1
+    search: bool = False  # it has none
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
         found = gptq_columns(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent)

@@ -56,11 +56,11 @@ class Artefact:
 ARTEFACTS = {
     "bitsandbytes-nf4": Artefact("bitsandbytes", "nf4", Nf4()),
     "bitsandbytes-int8": Artefact("bitsandbytes", "int8", RowInt8()),
-    "gptqmodel-gptq": Artefact("gptqmodel", "gptq", Gptq()),
+    "gptqmodel-gptq": Artefact("gptqmodel", "gptq", Gptq(search=False)),
     "gptqmodel-awq": Artefact("gptqmodel", "awq", Awq()),
-    "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(), originals=True),
+    "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(search=False), originals=True),
     "autoawq-awq": Artefact("autoawq", "awq", Awq(), originals=True),
-    "autoround-gptq": Artefact("autoround", "autoround", Gptq(), packages=("auto-round",)),
+    "autoround-gptq": Artefact("autoround", "autoround", Gptq(search=False), packages=("auto-round",)),
 }
 
 
