@@ -33,9 +33,30 @@ def rows(tokens) -> list[dict]:
     return [{"input_ids": torch.tensor([t]), "attention_mask": torch.ones(1, len(t), dtype=torch.long)} for t in tokens]
 
 
+def keep_problems() -> dict:
+    """From now on, what each linear's solver is given (W, H) and what it finds, to be saved at the end."""
+    from auto_gptq.quantization.gptq import GPTQ
+
+    kept, solve = {}, GPTQ.fasterquant
+
+    def solve_and_keep(self, *args, **kwargs):
+        name = f"{len(kept) // 3:03}"
+        kept[f"{name}.W"], kept[f"{name}.H"] = self.layer.weight.data.float().clone(), self.H.clone()
+        result = solve(self, *args, **kwargs)
+        kept[f"{name}.W_hat"] = self.layer.weight.data.float().clone()
+        return result
+
+    GPTQ.fasterquant = solve_and_keep
+    return kept
+
+
 def quantize(job: Job, out: Path) -> dict:
     """GPTQ by auto-gptq."""
-    wrapped = wrap(job.source, **job.settings)
+    from safetensors.torch import save_file
+
+    settings = dict(job.settings)
+    kept = keep_problems() if settings.pop("keep_problems", False) else {}
+    wrapped = wrap(job.source, **settings)
     started = time.perf_counter()
     wrapped.quantize(rows(job.tokens), cache_examples_on_gpu=False)
     seconds = time.perf_counter() - started
@@ -44,6 +65,8 @@ def quantize(job: Job, out: Path) -> dict:
     # transformers 5 looks for this name
     [weights] = out.glob("*.safetensors")
     weights.rename(out / "model.safetensors")
+    if kept:
+        save_file(kept, out / "problems.safetensors")
     return {"toolkit": "auto-gptq", "quantize_seconds": seconds}
 
 
