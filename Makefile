@@ -105,10 +105,15 @@ datasheet: $(ENV)
 # What each knob does to the answers (35 minutes on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
-	$(BIN)/python -m benchmarks.sweeps --only best gptq awq nf4
-# The same on a real model, SmolLM2-135M, fetched on first use (93 MB): minutes with DEVICE=cuda, days on two cores
-small: $(ENV)
+	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers remedies best gptq awq nf4
+# The same on a real model, SmolLM2-135M, fetched on first use (93 MB): the sweeps and the map of its layers (minutes with
+# DEVICE=cuda, days on two cores), ours against the toolkits linear by linear, and every chapter (hours on two cores)
+small: PROFILE = small
+small: $(ENV) $(ORIGINALS) $(SERVING)
 	$(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
+	$(BIN)/python -m benchmarks.small_map --device $(or $(DEVICE),cpu)
+	$(BIN)/python -m benchmarks.exact
+	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
 bench: $(ENV) $(ORIGINALS)
 	$(BIN)/python -m benchmarks.speed
 # The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was

@@ -184,7 +184,8 @@ for what, W_hat in (("one scale a row", simple), (f"groups of {size}", in_groups
 #
 # *Blocks*: the corrections from before a group are one matrix product, and so is what a group passes on. *Stacking*: linears
 # that share their input share $F$, and go through together. *desc_act* rounds the columns with the largest inputs ($H_{kk}$)
-# first, while there are many others left to make up for them. *search* tries smaller scales than those that cover a group.
+# first, while there are many others left to make up for them. *search* tries smaller scales than those that cover a group;
+# the method `Gptq` does so unless told not to, and [chapter 12](12_two_models.ipynb) has the reason.
 
 # %% tags=["nbval-ignore-output"]
 import inspect
@@ -421,8 +422,9 @@ carry.verdicts("gptq").loc["calibration windows of 256"]
 # %% [markdown]
 # ## A whole model, to a file
 #
-# `quantize_to` streams a model from disk to disk, block by block: later blocks are calibrated on the outputs of the
-# quantized ones. The folder appears when it is complete, with its provenance.
+# `quantize_to` streams a model from disk to disk, block by block: later blocks are calibrated on the outputs of the quantized
+# ones. `Gptq()` is the default recipe: 4 bits, symmetric, searched scales. The folder appears when it is complete, with its
+# provenance.
 
 # %% tags=["nbval-ignore-output"]
 import tempfile

@@ -179,7 +179,7 @@ if isinstance(cases, pd.DataFrame):
 #
 # On the *real* model nothing passes in any of the three cases:
 #
-# - *Chatbot*, undecided: NF4, GPTQ and AWQ fail the limit on KL, and GPTQ, symmetric as by default, loses a third of the right
+# - *Chatbot*, undecided: NF4, GPTQ and AWQ fail the limit on KL, and GPTQ as the toolkits do it loses a third of the right
 #   answers; with desc_act and searched scales it loops. AWQ's scales before GPTQ keep the answers, but the engine refuses an
 #   asymmetric GPTQ file on this processor, and as no English request asks for JSON that gate stays open.
 # - *Reports*, failed: GPTQ (the article's choice), NF4 and AWQ keep 75 to 84 % of the right answers, of 93 that are asked for.
