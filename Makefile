@@ -154,10 +154,11 @@ test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 	OMP_NUM_THREADS=1 $(MAKE) -j2 tests notebooks
 tests: $(ENV)
 	$(BIN)/python -m pytest
+	$(BIN)/python -m helpers.book execute-other awkward
 notebooks: $(ENV)
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 chapters/*.ipynb
-	$(BIN)/python -m helpers.book execute-other
+	$(BIN)/python -m helpers.book execute-other other
 # Every chapter with the model of a profile in helpers/profiles.json; records go to data/results, notebooks to _build/gpu
 gpu: PROFILE = gpu
 gpu: $(ENV)

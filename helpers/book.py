@@ -1,6 +1,6 @@
 """The book's own machinery: the start of a chapter, committed outputs, the site, and runs on other models.
 
-`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other | execute-profile NAME` (see the Makefile).
+`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other other|awkward | execute-profile NAME` (see the Makefile).
 """
 
 import argparse
@@ -142,21 +142,23 @@ def random_llama(name: str, width: int, inner: int, tied: bool) -> Path:
     return folder
 
 
-def other_models() -> dict[str, Path]:
+def other_model(name: str) -> Path:
     """Chapters must hold for any model: one of another shape than the bundled one, and one that is awkward in every way
     that a Llama can be: no chat template, no start token, no limit of length, a tied head, widths that 128 does not divide."""
+    if name == "other":
+        return random_llama("other-model", 128, 384, tied=False)
     awkward = random_llama("awkward-model", 192, 352, tied=True)
     path = awkward / "tokenizer_config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("chat_template", "model_max_length")}
     path.write_text(json.dumps(config | {"bos_token": None}))
-    return {"other": random_llama("other-model", 128, 384, tied=False), "awkward": awkward}
+    return awkward
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("refresh").add_argument("names", nargs="*")
-    commands.add_parser("execute-other")
+    commands.add_parser("execute-other").add_argument("name", choices=("other", "awkward"))
     build = commands.add_parser("site")
     build.add_argument("notebooks", type=Path)
     build.add_argument("out", type=Path)
@@ -167,8 +169,7 @@ if __name__ == "__main__":
     elif args.command == "site":
         site(args.notebooks, args.out)
     elif args.command == "execute-other":
-        for name, folder in other_models().items():
-            execute_all(name, model=str(folder))
+        execute_all(args.name, model=str(other_model(args.name)))
     else:
         settings("", args.name)
         execute_all(args.name, profile=args.name)
