@@ -43,6 +43,7 @@ from helpers.models.outliers import add_outliers
 from helpers.models.texts import calibration, random_tokens, windows
 from helpers.results import RESULTS, Record, save
 from helpers.store import Cell, Store, bundle, cells_of, unbundle
+from helpers.toolkits import artefacts
 from helpers.toolkits.artefacts import CALIBRATION
 
 WINDOWS = 32  # of 256 tokens, unless their number is what is swept
@@ -137,7 +138,7 @@ def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by wh
 def makers_panels(s: Subject) -> Iterator[Panel]:
     """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large: symmetric grids."""
     yield from by_whom(s, Gptq(4, s.group, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
-    yield from by_whom(s, Awq(4, s.group), "autoawq-awq", knob="AWQ, by whom")
+    yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom")
     pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
     for value, method in {"GPTQ": best, "GPTQ, desc_act": replace(best, desc_act=True),
@@ -295,12 +296,17 @@ class Sweep:
 
     def found(self, paths: Sequence[Path]) -> Cell:
         """The same of cells that other machines left, in folders or in a bundle made before; they say where they were made.
-        Of some variants fewer draws, or none. Where two are of the same, the later counts."""
+        Of some variants fewer draws, or none (no toolkit is run for it). Where two are of the same, the later counts."""
         there = measured_before(paths)
-        keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws]
+        keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws if made(v)]
                 for p in self.panels()}
         cells = {name: [there[k] for k in of if k in there] for name, of in keys.items()}
         return bundle({name: draws for name, draws in cells.items() if draws}, KEPT, SHARED)
+
+
+def made(variant: Variant) -> bool:
+    """Whether its weights can be named without running a toolkit."""
+    return not isinstance(variant, ToolkitArtefact) or artefacts.place(variant.artefact, variant.model).is_dir()
 
 
 def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:

@@ -243,8 +243,8 @@ pd.DataFrame(table).dropna()
 # ## Chosen on one half, judged on the other
 #
 # Of many recipes the best of one sample tends to look better than it is: it was chosen for that. So settings are chosen on a
-# *tuning* set that no verdict uses, and the choice is judged once, here beside symmetric GPTQ, the default of the toolkits and
-# of this package. On the bundled model sixteen recipes at 4 bits were put to the tuning set, on the real one four:
+# *tuning* set that no verdict uses, and the choice is judged once, here beside symmetric GPTQ as the toolkits do it. On the
+# bundled model sixteen recipes at 4 bits were put to the tuning set, on the real one four:
 
 # %% tags=["nbval-ignore-output"]
 carry.chosen()
@@ -252,24 +252,27 @@ carry.chosen()
 # %% [markdown]
 # (`tried`: recipes that both sets have; `nearer`: those that the judging set finds measurably nearer to full precision than the
 # choice. The sets have different texts, so their columns of KL do not compare.) On the bundled model the choice is desc_act; it
-# is measurably nearer to full precision than the default, mostly for its asymmetric grid: from plain GPTQ it cannot be told. On
-# the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are chosen, and hold. On its questions the
-# tuning set puts GPTQ with desc_act and searched scales first, the judging set the other one, 0.01 nats/token apart. KL is 0.17
-# to 0.20 below the default's either way.
+# is measurably nearer to full precision than the toolkits' GPTQ, mostly for its asymmetric grid: from plain GPTQ it cannot be
+# told. On the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are chosen, and hold. On its
+# questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other one, 0.01 nats/token
+# apart. KL is 0.17 to 0.20 below that of the toolkits' GPTQ either way.
 #
-# And the default itself? Symmetric GPTQ is the toolkits' default, and a symmetric file is what every engine that we tried reads
-# (vLLM on a CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales make no other kind of file. On the
-# real model, beside the default:
+# And what should `Gptq()` do where nobody says anything? A symmetric file is what every engine that we tried reads (vLLM on a
+# CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales make no other kind of file. Beside the scales
+# of the toolkits, fitted to the range of each group:
 
 # %% tags=["nbval-ignore-output"]
-default, searched = (f"recipes, 4 bits: GPTQ, symmetric{also}" for also in ("", ", searched scales"))
-for kind, (of, apart) in zip(carry.VOICE_NAMES, carry.real("recipes", searched, default).items(), strict=True):
-    kl = carry.panels("recipes")[kind]["recipes, 4 bits"]["GPTQ, symmetric"]["kl"][0]
-    print(f"{of:16} KL of the default {kl:.3f}; with searched scales {apart} nats/token, {apart.verdict()}")
+from helpers.measure.stats import paired
+
+fitted, searched = (f"recipes, 4 bits: GPTQ, symmetric{also}" for also in ("", ", searched scales"))
+for whose in ("bundled", *carry.VOICE_NAMES):
+    of = carry.rows("recipes", whose)
+    kl, apart = carry.panels("recipes")[whose]["recipes, 4 bits"]["GPTQ, symmetric"]["kl"][0], paired(
+        of[searched], of[fitted], "answer_kl")
+    print(f"{whose:10} KL with fitted scales {kl:.4f}; with searched ones {apart} nats/token, {apart.verdict()}")
 
 # %% [markdown]
-# That is a quarter to two fifths of the default's KL, for a file that is read everywhere. Where an engine wants symmetric
-# files, search their scales.
+# DEFAULT-TEXT
 #
 # ## Which findings carry
 #

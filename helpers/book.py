@@ -1,6 +1,6 @@
 """The book's own machinery: the start of a chapter, committed outputs, the site, and runs on other models.
 
-`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other other|awkward | execute-profile NAME` (see the Makefile).
+`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other NAME | execute-profile NAME` (see the Makefile).
 """
 
 import argparse

@@ -14,6 +14,7 @@ from helpers.models import fetch
 from helpers.models.fetch import ModelUnavailable
 from helpers.models.source import DATA, load
 from helpers.quantizers.affine import round_to_nearest
+from helpers.results import read
 
 CHOSEN = ("en_agreement", "en_next_novel", "en_next_speeches")
 
@@ -111,3 +112,12 @@ def test_choices_are_judged_by_likelihood():
     assert told == {asked[0].id: loss[0] < loss[1], asked[1].id: bool(scores.exact[2])}
     assert right_answers(["q", "q or 1"], [False, False], [1.0, 2.0]) == {"q": True}
     assert right_answers(["q", "q or 1"], [True, False], [2.0, 1.0]) == {"q": False}
+
+
+def test_ours_is_the_toolkits_on_every_linear():
+    """What chapters 4 and 5 say of the real model: not one value differs, and every engine gives the answers of our files."""
+    told = read("small_exact").data
+    nf4 = told["NF4, file against bitsandbytes"]
+    assert (nf4["linears"], nf4["weights"], nf4["tensors"], nf4["differ"]) == (210, 106_168_320, 1322, 0)
+    for toolkit in ("auto-gptq", "GPTQModel"):
+        assert told[f"GPTQ, solver of {toolkit}"] == {"linears": 210, "weights": 106_168_320, "differ": 0}

@@ -86,20 +86,19 @@ def _key(name: str, job: Job) -> str:
                      versions(*ARTEFACTS[name].packages), torch.backends.cpu.get_cpu_capability()])
 
 
-def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
-    """The folder of an artefact.
+def place(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
+    """Where an artefact is, or will be: for the bundled model the committed one, unless `rebuild`; else in the cache."""
+    if model == "bundled" and not rebuild and (COMMITTED / name).is_dir():
+        return COMMITTED / name
+    return CACHE / f"{name}-{_key(name, _job(name, model, revision))}"
 
-    For the bundled model the committed one, unless `rebuild`; else one from the cache, built now if it is not there
-    (seconds to minutes). Raises KeyError for an unknown name, and what `run` raises.
-    """
-    committed = COMMITTED / name
-    if model == "bundled" and not rebuild and committed.is_dir():
-        return committed
-    job = _job(name, model, revision)
-    out = CACHE / f"{name}-{_key(name, job)}"
-    if not out.is_dir():
+
+def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
+    """The folder of an artefact, built now if it is not there (seconds to minutes). Raises KeyError for an unknown name, and
+    what `run` raises."""
+    if not (out := place(name, model, rebuild, revision)).is_dir():
         spec = ARTEFACTS[name]
-        run(spec.toolkit, job, out, originals=spec.originals)
+        run(spec.toolkit, _job(name, model, revision), out, originals=spec.originals)
     return out
 
 
