@@ -72,7 +72,7 @@ def widths() -> pd.DataFrame:
 
 
 METHOD, SETTING, CALIBRATED = "one method or another", "a setting of GPTQ", "calibration"
-KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD}
+KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD, "model": METHOD}
 
 
 def kind(knob: str, value: str) -> str:
@@ -86,7 +86,7 @@ def both_models() -> pd.DataFrame:
     """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
     again = ["desc_act", "searched scales", "rounding"]  # which the recipes have as well
     table = pd.concat([widths(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
-                       verdicts("remedies").drop(index=again, level=1)])
+                       verdicts("remedies").drop(index=again, level=1), verdicts("awq").loc[["model"]]])
     return table.assign(kind=[kind(*row) for row in table.index])
 
 
@@ -105,17 +105,17 @@ def agreement_by_kind(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(counts).T
 
 
-def chosen(panel: str = "recipes, 4 bits", default: str = "GPTQ, symmetric") -> pd.DataFrame:
-    """For each kind of text: the recipe with the least KL on the tuning set, and of the judging set its KL, that less the
-    default's, and the recipes that are measurably nearer to full precision there."""
+def chosen(panel: str = "recipes, 4 bits", usual: str = "GPTQ, symmetric") -> pd.DataFrame:
+    """For each kind of text: the recipe with the least KL on the tuning set, and of the judging set its KL, that of GPTQ as the
+    toolkits do it less its own, and the recipes that are measurably nearer to full precision there."""
     told = {}
     for whose, of in panels("tuned").items():
         judged = {row.removeprefix(f"{panel}: "): arrays for row, arrays in rows("recipes", whose).items() if panel in row}
         tuned = {name: row["kl"][0] for name, row in of[panel].items() if name in judged}
         best = min(tuned, key=tuned.__getitem__)
-        apart = {name: paired(judged[name], judged[best], "answer_kl") for name in {*tuned, default}}
+        apart = {name: paired(judged[name], judged[best], "answer_kl") for name in {*tuned, usual}}
         told[whose] = {"tried": len(tuned), "chosen": best, "KL, tuning": f"{tuned[best]:.4f}",
                        "KL, judging": f"{judged[best]['answer_kl'].mean(0).sum() / judged[best]['tokens'].sum():.4f}",
-                       "the default's less its own": str(apart[default]),
+                       "the toolkits' less its own": str(apart[usual]),
                        "nearer": ", ".join(sorted(n for n, i in apart.items() if i.high < 0)) or "none"}
     return pd.DataFrame(told).T
