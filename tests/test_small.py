@@ -121,3 +121,6 @@ def test_ours_is_the_toolkits_on_every_linear():
     assert (nf4["linears"], nf4["weights"], nf4["tensors"], nf4["differ"]) == (210, 106_168_320, 1322, 0)
     for toolkit in ("auto-gptq", "GPTQModel"):
         assert told[f"GPTQ, solver of {toolkit}"] == {"linears": 210, "weights": 106_168_320, "differ": 0}
+    read_by = {file: {e for e, x in row.items() if x["loads"]} for file, row in told["our files in engines"].items()}
+    assert read_by == {"NF4": {"transformers", "vLLM"}} | dict.fromkeys(("GPTQ", "AWQ"), {"transformers", "GPTQModel", "vLLM"})
+    assert all(x["right"] == x["asked"] == 6 for row in told["our files in engines"].values() for x in row.values() if x["loads"])

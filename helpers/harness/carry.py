@@ -72,7 +72,8 @@ def widths() -> pd.DataFrame:
 
 
 METHOD, SETTING, CALIBRATED = "one method or another", "a setting of GPTQ", "calibration"
-KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD, "model": METHOD}
+HALVES = "beside rounding, 3 bits"
+KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD, HALVES: METHOD}
 
 
 def kind(knob: str, value: str) -> str:
@@ -85,8 +86,9 @@ def kind(knob: str, value: str) -> str:
 def both_models() -> pd.DataFrame:
     """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
     again = ["desc_act", "searched scales", "rounding"]  # which the recipes have as well
+    halves = verdicts("awq").loc[["model"]].rename(index={"model": HALVES}, level=0)
     table = pd.concat([widths(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
-                       verdicts("remedies").drop(index=again, level=1), verdicts("awq").loc[["model"]]])
+                       verdicts("remedies").drop(index=again, level=1), halves])
     return table.assign(kind=[kind(*row) for row in table.index])
 
 
