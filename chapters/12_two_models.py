@@ -286,10 +286,10 @@ for whose in ("bundled", *carry.VOICE_NAMES):
 from IPython.display import display
 
 makers = carry.panels("makers")
-for panel in makers["novel"]:
+for panel in makers["bundled"]:
     shown = {whose: {value: f"{row['kl'][0]:.3g}" + ("" if n == 0 else f" ({carry.verdict(row)})")
-                     for n, (value, row) in enumerate(of[panel].items())} for whose, of in makers.items()}
-    display(pd.DataFrame(shown).fillna("not measured").rename_axis(panel, axis=1))
+                     for n, (value, row) in enumerate(of.get(panel, {}).items())} for whose, of in makers.items()}
+    display(pd.DataFrame(shown, dtype=object).fillna("not measured").rename_axis(panel, axis=1))
 
 # %% [markdown]
 # (KL, nats/token; in brackets the verdict beside the first row that was measured.) On the bundled model the makers cannot be
