@@ -247,7 +247,10 @@ pd.DataFrame(table).dropna()
 # bundled model seventeen recipes at 4 bits were put to the tuning set, on the real one four:
 
 # %% tags=["nbval-ignore-output"]
-carry.chosen()
+from IPython.display import display
+
+with pd.option_context("display.max_colwidth", None):
+    display(carry.chosen())
 
 # %% [markdown]
 # (`tried`: recipes that both sets have; `nearer`: those that the judging set finds measurably nearer to full precision than the
@@ -283,8 +286,6 @@ for whose in ("bundled", *carry.VOICE_NAMES):
 # (One draw each on the real model, on a quarter of its texts; two or four of ours on the bundled one.)
 
 # %% tags=["nbval-ignore-output"]
-from IPython.display import display
-
 makers = carry.panels("makers")
 for panel in makers["bundled"]:
     shown = {whose: {value: f"{row['kl'][0]:.3g}" + ("" if n == 0 else f" ({carry.verdict(row)})")
