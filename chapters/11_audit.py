@@ -173,7 +173,7 @@ W = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
 plain = output_error(round_to_nearest(W, 4, 64, False) - W, fresh)
 worse = {damp: output_error(solve(W, H, 4, 64, False, damp_percent=damp).quantized.dequantize() - W, fresh) / plain
          for damp in (1e-6, 1e-4, 0.01, 0.1, 1.0)}
-print({damp: round(x, 2) for damp, x in worse.items()})
+print({damp: round(x, 1) for damp, x in worse.items()})
 
 # %% [markdown]
 # Then the models, at 4 bits with enough text, against damping of 0.01:
@@ -422,8 +422,9 @@ slower()
 load = read("served").data["load"]
 factors = [r["itl_ms"]["p50"] / load["16 bits"][key]["itl_ms"]["p50"] for name in ("GPTQ file", "AWQ file")
            for key, r in load[name].items()]
-served_cases = read("cases").data["small"]["chatbot"]
-elsewhere = served_cases["variants"]["gptq"]["served"]["1"]["itl_ms"][0] / served_cases["served_bf16"]["1"]["itl_ms"][0]
+case = read("cases").data["small"]["chatbot"]
+four, sixteen = case["variants"]["gptq:search=false"]["served"], case["served_bf16"]
+elsewhere = four["1"]["itl_ms"][0] / sixteen["1"]["itl_ms"][0]
 audit.say(16, "memory can be won without latency", HOLDS if min(*factors, elsewhere) > 1 else NOT,
           f"vLLM on two cores: ITL of 4-bit files is {min(factors):.1f} to {max(factors):.1f} times that of 16 bits; on "
           f"another processor, of the real model, {elsewhere:.1f} times that of bfloat16",

@@ -85,7 +85,7 @@ def plans_against_uniform() -> dict[str, int]:
     """{plan of data/results/plans.json: -1, 0 or 1}: its KL measurably below, not told from, or above that of the uniform
     setting of no more bits that has the least KL."""
     record, scores = read("plans").data["plans"], values("plans")
-    uniform = {n: p["bits"] for n, p in record.items() if n.startswith("gptq(")}
+    uniform = {n: p["bits"] for n, p in record.items() if n.startswith("gptq")}
 
     def kl(name: str) -> float:
         return float(scores[name]["answer_kl"].sum() / scores[name]["answer_tokens"].sum())
