@@ -102,7 +102,7 @@ english: $(ENV)
 datasheet: $(ENV)
 	$(BIN)/python -m data.world.datasheet
 
-# What each knob does to the answers (35 minutes on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
+# What each knob does to the answers (hours on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers remedies best gptq awq nf4

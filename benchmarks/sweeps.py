@@ -1,4 +1,4 @@
-"""What each knob of the methods does to a model's answers: `make sweeps`, the bundled model, some 35 minutes on one core;
+"""What each knob of the methods does to a model's answers: `make sweeps`, the bundled model, hours on one core;
 `make small`, a real one, minutes on a large GPU and days on two cores.
 
 Lists of variants. Each is scored on the same texts of the judging set, into a cell (helpers/store.py): a sweep that was
