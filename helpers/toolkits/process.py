@@ -55,7 +55,7 @@ def main(work: Callable[[Job, Path], dict], *packages: str) -> None:
     write_atomically(out / REPORT, json.dumps(report, indent=1) + "\n")
 
 
-def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: float = 1800) -> dict:
+def run(toolkit: str, job: Job, out: Path, originals: bool = False, timeout: float = 4 * 3600) -> dict:
     """Quantize in a new process, write the artefact to folder `out`, return the report.
 
     The artefact is built beside `out` and renamed when it is complete, so `out` is never half-written. Raises
