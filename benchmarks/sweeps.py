@@ -34,6 +34,7 @@ from helpers.measure.tasks import ENGLISH, Item, encode, encode_choices, encode_
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
+from helpers.methods.gptq_signround import GptqSignRound
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
 from helpers.methods.rtn import Rtn
@@ -143,7 +144,9 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
     for value, method in {"GPTQ": best, "GPTQ, desc_act": replace(best, desc_act=True),
                           "AWQ's scales, then GPTQ": AwqGptq(4, s.group),
-                          "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True)}.items():
+                          "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True),
+                          "GPTQ, then SignRound": GptqSignRound(4, s.group),
+                          "GPTQ, desc_act, then SignRound": GptqSignRound(4, s.group, desc_act=True)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 

@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> tuple[Method, Namespace]:
 def run(method: Method, options: Namespace) -> None:
     source = resolve(options.model, options.revision)
     plan = (read_plan(options.plan, source) if options.plan else
-            Plan(method, [(pattern, Keep()) for pattern in options.keep], options.inputs))
+            Plan(method, [(pattern, Keep()) for pattern in options.keep], method.inputs or options.inputs))
     form, config, tokens = format_for(plan, options.format), AutoConfig.from_pretrained(source), []
     if looks := [m.name for m in plan.methods() if m.keeps]:
         if options.text is None:

@@ -15,6 +15,7 @@ from helpers.files import PROVENANCE, folder_hash
 from helpers.methods.awq import Awq, scale_folds
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
+from helpers.methods.gptq_signround import GptqSignRound
 from helpers.methods.int8 import RowInt8
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
@@ -127,7 +128,8 @@ def test_folded_scales_change_nothing_but_the_rounding(model, method):
 
 
 METHODS = [Rtn(group_size=32), Rtn(3, 64, sym=False), Rtn(8, -1), Gptq(group_size=32), Gptq(3, 64, desc_act=True, search=True),
-           Awq(group_size=32), Awq(8, 64), AwqGptq(group_size=32, sym=False), Nf4(), RowInt8()]
+           Awq(group_size=32), Awq(8, 64), AwqGptq(group_size=32, sym=False), GptqSignRound(3, 32, steps=50),
+           Nf4(), RowInt8()]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -144,7 +146,7 @@ def test_artefacts_hold_the_quantized_model(model, method, tmp_path):
         assert same(again, model) and torch.equal(logits(again), logits(model))
         record = json.loads((tmp_path / form.name / PROVENANCE).read_text())
         assert record["revision"] == "abc" and record["source_sha256"] == folder_hash(source)
-        assert record["plan"] == Plan(method).key() and record["format"] == form.name
+        assert record["plan"] == Plan.of(method).key() and record["format"] == form.name
         assert record["tokens"] == outcome.tokens == (COUNT if method.keeps else 0)
     assert len(outcome.noted("error_db")) == (len(outcome.codes) if method.calibrated else 0)
     assert all(-60 < db < -5 for db in outcome.noted("error_db").values())

@@ -28,6 +28,7 @@ class Awq(Method):
     name: ClassVar[str] = "awq"
     keeps: ClassVar[type[Gram]] = Gram
     prepares: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8 (chapter 3)"})
     group_size: int = field(default=128, metadata={"help": "weights that share a scale, -1 for a whole row (chapter 6)",
                                                    "aliases": ["--group"]})

@@ -17,6 +17,7 @@ class AwqGptq(Gptq):
 
     name: ClassVar[str] = "awq+gptq"
     prepares: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
 
     def prepare(self, step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any]
                 ) -> dict[str, Notes]:

@@ -69,6 +69,8 @@ class Method:
     stacks: ClassVar[bool] = False  # linears that share an input may go through `solve` as one
     calibrated: ClassVar[bool] = False  # `solve` looks at the inputs
     prepares: ClassVar[bool] = False  # `prepare` does, once all inputs of the block were seen
+    folds: ClassVar[bool] = False  # by scaling inputs, for all that read them
+    aims: ClassVar[bool] = False  # `prepare` wants the unquantized model's outputs of the block (Step.aim)
     stays: ClassVar[bool] = False  # nothing is quantized
     inputs: ClassVar[str | None] = None  # the one value of `Plan.inputs` that it can work with
     reference: ClassVar[bool] = False  # another library's arithmetic, for comparison, not for use

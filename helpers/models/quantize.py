@@ -29,9 +29,11 @@ def quantize_model(model: nn.Module | Source, plan: Plan | Method, sequences: Se
     """
     source, plan = Source.of(model), Plan.of(plan)
     plan.check_names(name for name, _ in linears(source.model))
-    outcome = Outcome()
+    outcome, aim = Outcome(), None
     for step in walk(source, *_inputs(plan, sequences), progress):
         outcome.tokens = step.stream.tokens
+        if any(m.aims for m in plan.methods()):
+            step.aim = aim = (aim or step.stream).through(step.block)
         if plan.inputs == "model" and step.stream.batches and not step.last:
             step.outputs = step.stream.through(step.block)
         quantize_block(step, plan, outcome, form)
@@ -133,12 +135,16 @@ def _kind(prefix: str, group: Sequence[str], methods: dict[str, Method], what: s
 def _prepare(step: Step, methods: dict[str, Method], kept: dict[str, Any], outcome: Outcome) -> None:
     """Let each method that wants to change the block first; folds that it would share with another method are an error."""
     for method in dict.fromkeys(m for m in methods.values() if m.prepares):
-        folds = [f for f in step.layout.folds if any(methods.get(n) == method for n in f.linears)]
+        folds = [f for f in step.layout.folds if method.folds and any(methods.get(n) == method for n in f.linears)]
         for fold in folds:
             if others := {str(methods[n]) for n in fold.linears if n in methods and methods[n] != method}:
                 raise PlanError(f"{step.name}: {', '.join(fold.linears)} read one input, which {method} scales for all, "
                                 f"but the plan gives some to {', '.join(sorted(others))}: give them one method, or none")
-        for n, notes in method.prepare(step, [n for n, m in methods.items() if m == method], folds, kept).items():
+        try:
+            found = method.prepare(step, [n for n, m in methods.items() if m == method], folds, kept)
+        except HessianError as error:
+            raise HessianError(f"{step.name}: {error}") from error
+        for n, notes in found.items():
             outcome.notes.setdefault(f"{step.name}.{n}", {}).update(notes)
 
 

@@ -161,6 +161,18 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
     return Solution(_assemble(codes.T.to(torch.int32), scales, zeros, qmax, group_size, order), damp_percent)
 
 
+def targets(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], found: Solution, desc_act: bool
+            ) -> Float[Tensor, "out in_"]:
+    """What each weight was when it was rounded, with the errors of the columns before it taken over: in steps of the grid, and
+    within the half step around its code (beyond the ends of the grid it was farther)."""
+    q, order = found.quantized, _order(H, desc_act)
+    F, _, _ = _factorise(H[order][:, order], found.damp_percent, feedback_factor)
+    W_hat = q.dequantize()
+    carried = ((W.float() - W_hat)[:, order] @ F.T)[:, torch.argsort(order)]
+    steps = (W_hat + carried) / q.grid.scale[:, q.g_idx] + q.grid.zero_point[:, q.g_idx]
+    return steps.clamp(q.codes - 0.499, q.codes + 0.499)
+
+
 def _uncorrectable(H: Tensor, F: Tensor, damp_percent: float) -> Tensor:
     """D of H = F^T D F: the weight of each column's squared error once later columns have made up for what they can."""
     return torch.linalg.solve_triangular(F.T, damped(H, damp_percent)[0], upper=True, unitriangular=True).diagonal()
