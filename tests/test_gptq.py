@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.quantizers.affine import GroupSizeError, decibel, fit_qparams, on_grid, output_error, search_qparams
-from helpers.quantizers.gptq import HessianError, damped, feedback_factor, gptq, gptq_columns
+from helpers.quantizers.gptq import HessianError, damped, feedback_factor, gptq, gptq_columns, targets
 
 
 def problem(rows=48, width=256, seed=0):
@@ -65,6 +65,19 @@ def test_searched_scales_lower_the_error():
     widest, searched = fit_qparams(W, 4, 128), search_qparams(W, importance, 4, 128)
     weighted = [((W - on_grid(W, g).dequantize()).square() * importance).sum() for g in (widest, searched)]
     assert weighted[1] < weighted[0] and (searched.scale <= widest.scale).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"desc_act": True, "search": True}, {"sym": False, "bits": 3}], ids=str)
+def test_targets_are_what_was_rounded(options):
+    """Recomputed from the errors alone: within half a step of each code, though the weight itself often is not."""
+    W, H = problem()
+    found = gptq(W, H, **options)
+    q = found.quantized
+    steps = targets(W, H, found, options.get("desc_act", False))
+    assert torch.equal(steps.round(), q.codes)
+    own = W / q.grid.scale[:, q.g_idx] + q.grid.zero_point[:, q.g_idx]
+    inside = [((x - q.codes).abs() < 0.499).float().mean() for x in (steps, own)]
+    assert inside[0] > 0.97 and inside[1] < 0.8
 
 
 def test_stacking_linears_changes_nothing():

@@ -25,8 +25,8 @@ from helpers.models.branches import branches
 from helpers.models.checkpoint import Writer, format_for, quantize_to
 from helpers.models.formats import AWQ, FORMATS, GPTQ, GPTQ_V2, INT8, NF4_FORMAT, STATE
 from helpers.models.layers import UnknownStructure, linears
-from helpers.models.method import Gram, Method, Plan, PlanError
-from helpers.models.quantize import quantize_many, quantize_model, quantized
+from helpers.models.method import Gram, Method, Outcome, Plan, PlanError
+from helpers.models.quantize import quantize_block, quantize_many, quantize_model, quantized
 from helpers.models.reading import BadCheckpoint, load_simulated, read_artefact
 from helpers.models.source import BUNDLED, Source, load
 from helpers.models.texts import calibration, windows
@@ -150,6 +150,42 @@ def test_artefacts_hold_the_quantized_model(model, method, tmp_path):
         assert record["tokens"] == outcome.tokens == (COUNT if method.keeps else 0)
     assert len(outcome.noted("error_db")) == (len(outcome.codes) if method.calibrated else 0)
     assert all(-60 < db < -5 for db in outcome.noted("error_db").values())
+
+
+def test_learned_roundings_come_nearer_to_the_block(bundled):
+    """Than GPTQ, from which they begin, and whose scales they keep: a block's outputs on the text that they learn from, and on
+    other text."""
+    text = windows(calibration(bundled.tokenizer, "instructions"), 64, 24)
+    errors, codes = [], []
+    for method in (GptqSignRound(3, 64), Gptq(3, 64)):
+        model, outcome = copy.deepcopy(bundled.model), Outcome()
+        step, other = first_step(model, text[:16]), first_step(model, text[16:])
+        before = [s.stream.through(s.block).batches[0].hidden for s in (step, other)]
+        quantize_block(step, Plan(method, inputs="block"), outcome)
+        after = [s.stream.through(s.block).batches[0].hidden for s in (step, other)]
+        errors.append([float((a - b).square().mean()) for a, b in zip(after, before, strict=True)])
+        codes.append(outcome.codes)
+    assert errors[0][0] < 0.8 * errors[1][0] and errors[0][1] < 0.95 * errors[1][1]
+    for learned, begun in zip(codes[0].values(), codes[1].values(), strict=True):
+        assert torch.equal(learned.grid.scale, begun.grid.scale)
+        assert 0.005 < (learned.codes != begun.codes).float().mean() < 0.3
+
+
+def test_learned_roundings_aim_at_the_unquantized_model(tiny):
+    """Not at the block on inputs that are off already."""
+    aims, steps = [s.stream.through(s.block) for s in walk(copy.deepcopy(tiny), TOKENS, at_once=2048)], []
+    quantize_model(copy.deepcopy(tiny), GptqSignRound(2, 32, steps=2), TOKENS, done=lambda step, _: steps.append(step))
+    for step, aim in zip(steps, aims, strict=True):
+        assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(step.aim.batches, aim.batches, strict=True))
+    assert not torch.equal(steps[1].stream.batches[0].hidden, aims[0].batches[0].hidden)
+
+
+def test_learned_roundings_in_a_mixed_plan(tiny):
+    """Each method learns its own; what has no part in it stays."""
+    plan = Plan(GptqSignRound(3, 32, steps=5), {"q_proj": GptqSignRound(8, 32, steps=5), "down_proj": Keep()}, "block")
+    outcome = quantize_model(copy.deepcopy(tiny), plan, TOKENS)
+    assert {q.bits for n, q in outcome.codes.items() if "q_proj" in n} == {8}
+    assert all("down_proj" in n for n in outcome.left) and len(outcome.left) == 2
 
 
 def test_every_method_and_every_format_is_tested_above():

@@ -1,9 +1,12 @@
 """Chapter 12: what its text says, by the records."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from helpers.harness import carry
+from helpers.harness.sensitivity import where
 from helpers.measure.stats import paired
 from helpers.results import read
 
@@ -124,3 +127,26 @@ def test_ours_beside_the_makers():
     assert min(ours, key=lambda it: it[1]["kl"][0])[0] == "GPTQ, desc_act" and "AutoRound" not in told["novel"]["as AutoRound"]
     scaled = [told[w]["as AutoRound"]["AWQ's scales, then GPTQ, desc_act"]["kl"][0] for w in REAL]
     assert all(s > told[w]["as AutoRound"]["GPTQ, desc_act"]["kl"][0] for s, w in zip(scaled, REAL, strict=True))
+
+
+def test_the_map_of_the_real_model():
+    """Chapter 7: which kinds and blocks do most, by rounding and by GPTQ, and where the bundled model says otherwise."""
+    told, kinds, blocks = read("small_map").data["map"], {}, {}
+    for name, of in told.items():
+        for setting, (kl, *_) in of.items():
+            block, kind = where(name)
+            if block is not None:
+                for table, at in ((kinds, kind), (blocks, block)):
+                    table.setdefault(setting[:4], Counter())[at] += 1000 * kl
+    rounding, gptq = (kinds[m].most_common() for m in ("rtn(", "gptq"))
+    assert rounding[0][0] == "down_proj" and gptq[0] == ("v_proj", pytest.approx(205, abs=1)) and gptq[-1][0] == "q_proj"
+    assert gptq[-2][0] == "o_proj" and sum(kinds["gptq"].values()) == pytest.approx(641, abs=1)
+    shares = {m: of[29] / sum(of.values()) for m, of in blocks.items()}
+    assert [round(shares[m], 2) for m in ("rtn(", "gptq")] == [0.18, 0.08]
+    assert {max(of, key=of.get) for of in blocks.values()} == {29}
+    head = 1000 * told["output head"]["gptq(bits=3, group_size=64)"][0]
+    assert 2 < head / blocks["gptq"][29] < 2.5
+    at_home = Counter()
+    for name, of in read("sensitivity").data["options"].items():
+        at_home[where(name)[1]] += of["gptq(bits=3)"][0]
+    assert at_home.most_common(1)[0][0] == "o_proj" and [k for k, _ in at_home.most_common()].index("v_proj") == 3
