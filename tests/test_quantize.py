@@ -157,7 +157,7 @@ def test_learned_roundings_come_nearer_to_the_block(bundled):
     other text."""
     text = windows(calibration(bundled.tokenizer, "instructions"), 64, 24)
     errors, codes = [], []
-    for method in (GptqSignRound(3, 64), Gptq(3, 64)):
+    for method in (GptqSignRound(3, 64, steps=60), Gptq(3, 64)):
         model, outcome = copy.deepcopy(bundled.model), Outcome()
         step, other = first_step(model, text[:16]), first_step(model, text[16:])
         before = [s.stream.through(s.block).batches[0].hidden for s in (step, other)]
