@@ -316,7 +316,8 @@ from helpers.methods.gptq_signround import descend
 print(inspect.getsource(descend))
 
 # %% [markdown]
-# On the bundled model that is enough: 0.0028, and no difference from AutoRound can be told (two draws).
+# On the bundled model that is enough: 0.0028, and no difference from AutoRound can be told (two draws). On the real
+# model it was not measured.
 #
 # ## Which findings carry
 #
