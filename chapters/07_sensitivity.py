@@ -252,7 +252,8 @@ for name, f in frames.items():
 # block does. Queries do least on both models.
 #
 # So which layers to raise is to be measured on the model at hand. What carries over is the way: here a map says that 8 bits for
-# the values, a cheap change, are worth trying first. (Whether they are is not measured; only GPTQ on a single draw of text is.)
+# the values, a cheap change, are worth trying first. (Whether they are was not measured. The map is of one draw of
+# calibration text.)
 #
 # %% [markdown]
 # ## What fails first

@@ -297,7 +297,7 @@ for panel in makers["bundled"]:
 # told apart. On the real one the *same settings* do not make the same file: auto-gptq's has more KL than ours on every kind of
 # text, by 0.03 to 0.10. It takes the scale of every other group of 64 before the corrections from inside its block of 128 are
 # in (chapter 5); whether that is all of it was not measured. GPTQModel damps by 5 % instead of 1: nearer on the novel, farther
-# on the speeches, no difference on questions. No toolkit's file beats ours on all three.
+# on the speeches, no difference on questions. Neither file beats ours on all three.
 #
 # *AutoRound* is nearer than every recipe that rounds a column at a time and does not look back, on both models: 0.0025 against
 # 0.0032 of desc_act on the bundled one, and on the real one less than desc_act by 0.02 to 0.04 nats/token, a tenth to a fifth,

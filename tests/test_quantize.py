@@ -186,6 +186,8 @@ def test_learned_roundings_in_a_mixed_plan(tiny):
     outcome = quantize_model(copy.deepcopy(tiny), plan, TOKENS)
     assert {q.bits for n, q in outcome.codes.items() if "q_proj" in n} == {8}
     assert all("down_proj" in n for n in outcome.left) and len(outcome.left) == 2
+    with pytest.raises(PlanError, match="steps: expected 1 or more"):
+        GptqSignRound(steps=0)
 
 
 def test_every_method_and_every_format_is_tested_above():

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 
 from helpers.methods.gptq import Gptq
 from helpers.models.layers import Fold
-from helpers.models.method import Notes
+from helpers.models.method import Notes, PlanError
 from helpers.models.walk import Step
 from helpers.quantizers.affine import Quantized, decibel, output_error
 from helpers.quantizers.gptq import Solution, targets
@@ -33,6 +33,11 @@ class GptqSignRound(Gptq):
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise PlanError(f"steps: expected 1 or more steps of gradient descent a block, got {self.steps}")
 
     def prepare(self, step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any]
                 ) -> dict[str, Notes]:

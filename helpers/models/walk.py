@@ -147,7 +147,7 @@ class Step:
     layout: Layout
     last: bool = False
     outputs: Stream | None = None  # set where something has run the batches through already
-    aim: Stream | None = None  # what the unquantized model has after this block, where a method aims at it
+    aim: Stream | None = None  # where a method aims at it: what the unquantized model has after this block, a third copy
     seen: dict[tuple[str, ...], dict[type, Any]] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)  # {linear: s} where its inputs were divided by s
 
