@@ -238,9 +238,9 @@ for ax, (name, f) in zip(axes, frames.items(), strict=True):
 figure.colorbar(image, ax=axes, label="KL (nats/token)", shrink=0.7)
 plt.show()
 for name, f in frames.items():
-    inside = f[f.block.notna()].assign(kl=lambda it: [1000 * k.estimate for k in it.kl])
-    kinds, blocks = (inside.groupby(w).kl.sum().sort_values(ascending=False) for w in ("kind", "block"))
-    print(f"{name}, of {inside.kl.sum():.0f}:", ", ".join(f"{k} {v:.0f}" for k, v in kinds.items()), "| blocks:",
+    linears = f[f.block.notna()].assign(kl=lambda it: [1000 * k.estimate for k in it.kl])
+    kinds, blocks = (linears.groupby(w).kl.sum().sort_values(ascending=False) for w in ("kind", "block"))
+    print(f"{name}, of {linears.kl.sum():.0f}:", ", ".join(f"{k} {v:.0f}" for k, v in kinds.items()), "| blocks:",
           ", ".join(f"{int(b)} {v:.0f}" for b, v in blocks.head(3).items()))
     print("  ends:", ", ".join(f"{row.kind} {1000 * row.kl.estimate:.0f}" for row in f[f.block.isna()].itertuples()))
 
