@@ -280,7 +280,7 @@ audit.say(3, "smaller groups: better quality, more metadata; 32 to 128 is the us
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.audit import grids_on_the_real_model
 
-texts = study.texts()
+texts = study.texts
 small_group = min(64, group)
 grids = {"NF4": Simulation("NF4", Nf4(), (), full), "INT4, symmetric": Simulation("INT4", Rtn(4, small_group), (), full),
          "INT4, asymmetric": Simulation("INT4 asymmetric", Rtn(4, small_group, sym=False), (), full)}

@@ -56,7 +56,7 @@ def measuring(study: Study) -> Callable[[Variant, Sequence[Gate]], Measured]:
         fields, names, form = *(set(x) for x in zip(*(g.field.partition(".")[::2] for g in gates), strict=True)), study.form()
         return Measured(
             variant, study.quality(study.judge).scores(variant),
-            study.texts().scores(variant) if "perplexity" in fields or names & set(study.passages) else None,
+            study.texts.scores(variant) if "perplexity" in fields or names & set(study.passages) else None,
             study.store.get(variant.name, form.key | {"variant": variant.key()}, lambda: form.of(variant)).arrays
             if "form" in fields else None)
 

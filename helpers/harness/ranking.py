@@ -39,19 +39,25 @@ class Difference:
         return f"{self.better} is better" if self.better else f"{NOTHING}; {self.detectable:.2g} would be"
 
 
+def p_value(metric: str, first: Scores, second: Scores, resamples: int = 4000) -> float:
+    """How easily chance alone makes two models as different: McNemar's exact test of answers, Fisher's of loss and KL."""
+    if metric == "exact":
+        return mcnemar(second.exact, first.exact).p_value
+    return swap_test(getattr(first.answer, metric) - getattr(second.answer, metric), resamples)
+
+
 def difference(metric: str, first: Scores, second: Scores, names: tuple[str, str] = ("first", "second"),
                resamples: int = 4000) -> Difference:
     """Two models on the same questions, not corrected for anything. Raises ValueError if they are not the same ones."""
     if not np.array_equal(first.ids, second.ids):
         raise ValueError(f"{names[0]} and {names[1]} were not asked the same questions")
+    p = p_value(metric, first, second, resamples)
     if metric == "exact":
-        flips = mcnemar(second.exact, first.exact)
-        changed = (flips.lost + flips.won) / len(first.ids)
-        return Difference(metric, *names, share_difference(first.exact, second.exact), flips.p_value,
+        changed = float((first.exact != second.exact).mean())
+        return Difference(metric, *names, share_difference(first.exact, second.exact), p,
                           detectable_share(changed, len(first.ids)), changed)
-    apart = getattr(first.answer, metric) - getattr(second.answer, metric)
-    interval = ratio_interval(apart, first.answer.tokens)
-    return Difference(metric, *names, interval, swap_test(apart, resamples), interval.detectable())
+    interval = ratio_interval(getattr(first.answer, metric) - getattr(second.answer, metric), first.answer.tokens)
+    return Difference(metric, *names, interval, p, interval.detectable())
 
 
 def rank(scores: Mapping[str, Scores], metrics: Sequence[str] = tuple(METRICS),

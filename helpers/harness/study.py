@@ -50,10 +50,18 @@ class Study:
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(self.full.folder)
 
-    def quality(self, asked: Sequence[Example], name: str = "questions") -> Quality:
-        """The scores of questions."""
-        return Quality(encode_all(self.tokenizer, asked, self.full.config), self.full, self.store, self.device, name)
+    def quality(self, asked: Sequence[Example]) -> Quality:
+        """The scores of questions; of the same ones the same object, which remembers what full precision says to them."""
+        if (ids := tuple(e.id for e in asked)) not in self._of:
+            items = encode_all(self.tokenizer, asked, self.full.config)
+            self._of[ids] = Quality(items, self.full, self.store, self.device, "questions")
+        return self._of[ids]
 
+    @cached_property
+    def _of(self) -> dict[tuple[str, ...], Quality]:
+        return {}
+
+    @cached_property
     def texts(self) -> Quality:
         """The scores of the passages, each from its start token, in windows of at most 512 tokens."""
         length = min(512, context_of(self.tokenizer, self.full.config))
@@ -98,7 +106,7 @@ class Study:
         """Everything, of every variant: {its name: what was measured}. What is stored is read; what fails says why. On a
         serving engine only at `rates` (requests/s) and those of the gates: it takes minutes."""
         questions = [self.quality(self.judge), self.form()] if self.judge else []
-        texts = [self.texts()] if self.passages else []
+        texts = [self.texts] if self.passages else []
         done = run([(m, v) for v in self.everyone() for m in questions + texts], self.store, executor, progress)
         memory = run([(Memory(device=self.device), v) for v in self.everyone()], self.store, progress=progress)
         engine = self.served(rates)

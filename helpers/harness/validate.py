@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers.harness.ranking import ALPHA, Difference, difference
+from helpers.harness.ranking import ALPHA, Difference, difference, p_value
 from helpers.measure.quality import Scores, Sums
 from helpers.measure.stats import Z95, holm, mcnemar_power, ratio_interval, share_interval, swap_test
 
@@ -36,7 +36,7 @@ def exchanged(first: Scores, second: Scores, rng: np.random.Generator, size: int
 
 def judged(first: Scores, second: Scores, metrics: tuple[str, ...] = ("kl", "nll", "exact")) -> dict[str, bool]:
     """Whether each metric alone sees a difference, and whether any does after correction: the whole verdict."""
-    p = [difference(m, first, second).p_value for m in metrics]
+    p = [p_value(m, first, second) for m in metrics]
     return {m: bool(x < ALPHA) for m, x in zip(metrics, p, strict=True)} | {"any, corrected": bool((holm(p) < ALPHA).any())}
 
 
@@ -82,7 +82,7 @@ def power(first: Scores, second: Scores, metric: str, effect: float, trials: int
     for _ in range(trials):
         pair = exchanged(first, second, rng, size)
         promised.append(promise(difference(metric, *pair), effect, len(pair[0].ids)))
-        found += difference(metric, *planted(*pair, metric, effect, rng)).p_value < ALPHA
+        found += p_value(metric, *planted(*pair, metric, effect, rng)) < ALPHA
     i = share_interval(found, trials)
     return {"effect": effect, "found": i.estimate, "low": i.low, "high": i.high, "promised": float(np.mean(promised))}
 
