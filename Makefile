@@ -20,7 +20,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test tests notebooks cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test tests notebooks another cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -105,7 +105,7 @@ datasheet: $(ENV)
 # What each knob does to the answers (hours on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
-	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers remedies best gptq awq nf4
+	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers raised remedies best gptq awq nf4
 # The same on a real model, SmolLM2-135M, fetched on first use (93 MB): the sweeps and the map of its layers (minutes with
 # DEVICE=cuda, days on two cores), ours against the toolkits linear by linear, and every chapter (hours on two cores)
 small: PROFILE = small
@@ -149,16 +149,17 @@ sensitivity: $(ENV)
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
 	$(BIN)/ruff check .
-# Two streams, each on one thread: the bundled model is too small for two threads to be twice as fast
+# Two at a time, each on one thread: the bundled model is too small for two threads to be twice as fast
 test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
-	OMP_NUM_THREADS=1 $(MAKE) -j2 tests notebooks
+	OMP_NUM_THREADS=1 $(MAKE) -j2 tests notebooks another
 tests: $(ENV)
 	$(BIN)/python -m pytest
-	$(BIN)/python -m helpers.book execute-other awkward
 notebooks: $(ENV)
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 chapters/*.ipynb
-	$(BIN)/python -m helpers.book execute-other other
+# Every chapter on a model that is awkward in every way
+another: $(ENV)
+	$(BIN)/python -m helpers.book execute-other
 # Every chapter with the model of a profile in helpers/profiles.json; records go to data/results, notebooks to _build/gpu
 gpu: PROFILE = gpu
 gpu: $(ENV)

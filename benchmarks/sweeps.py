@@ -112,8 +112,8 @@ class Subject:
 
 
 VOICES = ("novel", "speeches")
-ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers")
-QUARTER = ("awq", "nf4", "makers")  # on two cores scoring takes longer than quantizing
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised")
+QUARTER = ("awq", "nf4", "makers", "raised")  # on two cores scoring takes longer than quantizing
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
@@ -246,6 +246,14 @@ def remedy_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("remedies, 4 bits", "rounding", s.drawn(Rtn(4, s.group, sym=False)))
 
 
+def raised_panels(s: Subject) -> Iterator[Panel]:
+    """3 bits, and one kind of linear in 8: is what the map of the layers says (chapter 7) true of the whole model?"""
+    plain, pool = Gptq(3, s.group), s.tokens()
+    yield Panel("3 bits, in 8 bits", "none", s.drawn(plain, pool, len(pool)))
+    for kind in ("v_proj", "o_proj", "q_proj", "down_proj"):
+        yield Panel("3 bits, in 8 bits", kind, s.drawn(Plan(plain, ((rf"{kind}$", replace(plain, bits=8)),)), pool, len(pool)))
+
+
 def awq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
     pool = s.tokens()
@@ -270,7 +278,7 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
 
 
 PANELS = {"recipes": recipe_panels, "tuned": recipe_panels, "remedies": remedy_panels, "best": best_panels,
-          "makers": makers_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
+          "makers": makers_panels, "raised": raised_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
 
 
 @dataclass(frozen=True)

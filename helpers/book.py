@@ -142,23 +142,21 @@ def random_llama(name: str, width: int, inner: int, tied: bool) -> Path:
     return folder
 
 
-def other_model(name: str) -> Path:
-    """Chapters must hold for any model: one of another shape than the bundled one, and one that is awkward in every way
-    that a Llama can be: no chat template, no start token, no limit of length, a tied head, widths that 128 does not divide."""
-    if name == "other":
-        return random_llama("other-model", 128, 384, tied=False)
-    awkward = random_llama("awkward-model", 192, 352, tied=True)
-    path = awkward / "tokenizer_config.json"
+def awkward_model() -> Path:
+    """Chapters must hold for any model: one that is awkward in every way that a Llama can be: no chat template, no start token,
+    no limit of length, a tied head, widths that 128 does not divide."""
+    folder = random_llama("awkward-model", 192, 352, tied=True)
+    path = folder / "tokenizer_config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("chat_template", "model_max_length")}
     path.write_text(json.dumps(config | {"bos_token": None}))
-    return awkward
+    return folder
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("refresh").add_argument("names", nargs="*")
-    commands.add_parser("execute-other").add_argument("name", choices=("other", "awkward"))
+    commands.add_parser("execute-other")
     build = commands.add_parser("site")
     build.add_argument("notebooks", type=Path)
     build.add_argument("out", type=Path)
@@ -169,7 +167,7 @@ if __name__ == "__main__":
     elif args.command == "site":
         site(args.notebooks, args.out)
     elif args.command == "execute-other":
-        execute_all(args.name, model=str(other_model(args.name)))
+        execute_all("other", model=str(awkward_model()))
     else:
         settings("", args.name)
         execute_all(args.name, profile=args.name)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
 
 from helpers.methods.gptq import Gptq
 from helpers.models.layers import Fold
@@ -33,6 +32,8 @@ class GptqSignRound(Gptq):
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
+    alike: bool = field(default=False, metadata={
+        "help": "all tokens count alike, as in SignRound; else the first of a window as much as all others, which rest on it"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +47,7 @@ class GptqSignRound(Gptq):
             W, H = step.block.get_submodule(n).weight, kept[n].H
             start[n], notes[n] = super().solve(W, kept[n])
             points[n] = targets(W, H, Solution(start[n], **notes[n]), self.desc_act)
-        descend(step, start, points, self.steps)
+        descend(step, start, points, self.steps, self.alike)
         for n, q in start.items():
             W, H = step.block.get_submodule(n).weight.float(), kept[n].H
             kept[n] = replace(q, codes=rounded(q, points[n]).to(torch.int32))
@@ -62,7 +63,8 @@ def rounded(start: Quantized, point: Tensor) -> Tensor:
     return (point + (point.round() - point).detach()).clamp(0, start.grid.qmax)
 
 
-def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int) -> None:
+def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int,
+            alike: bool = False) -> None:
     """Move the points [out, in], in grid steps, down the error of the block's output; a batch a step, each point by the same
     amount, which falls from 1 / steps to 0."""
     pairs = list(zip(step.stream.batches, (step.aim or step.stream.through(step.block)).batches, strict=True))
@@ -74,6 +76,13 @@ def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Ten
             weights = {f"{n}.weight": ((rounded(q, moving[n]) - q.grid.zero_point[:, q.g_idx]) * q.grid.scale[:, q.g_idx]
                                        ).to(batch.hidden.dtype) for n, q in start.items()}
             out = step.stream.run(lambda *args, w=weights, **also: functional_call(step.block, w, args, also), batch)
-            gradients = torch.autograd.grad(mse_loss(out.float(), aim.hidden.float()), list(moving.values()))
+            gradients = torch.autograd.grad(unlike(out, aim.hidden, alike), list(moving.values()))
         for point, gradient in zip(moving.values(), gradients, strict=True):
             point.detach_().sub_(gradient.sign(), alpha=(1 - i / steps) / steps)
+
+
+def unlike(out: Tensor, aim: Tensor, alike: bool) -> Tensor:
+    """Mean squared error of [windows, tokens, width]; the first token counts as much as the others together, or `alike`."""
+    weight = torch.ones(out.shape[1], device=out.device)
+    weight[0] = 1 if alike else max(1, out.shape[1] - 1)
+    return ((out - aim).float().square().mean(-1) * weight).mean()
