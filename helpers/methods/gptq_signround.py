@@ -2,7 +2,7 @@
 
 SignRound (Cheng et al. 2023, arXiv 2309.05516; AutoRound is its successor) begins at the nearest codes and learns, block by
 block, what to add to each weight before it is rounded, so that the block's outputs come near the unquantized model's. Here it
-begins at what GPTQ rounded, whose errors make up for each other already, and the scales stay GPTQ's.
+begins at what GPTQ rounded, whose errors make up for each other already; the scales stay GPTQ's, and first tokens count more.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -32,8 +32,7 @@ class GptqSignRound(Gptq):
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
-    alike: bool = field(default=False, metadata={
-        "help": "all tokens count alike, as in SignRound; else the first of a window as much as all others, which rest on it"})
+    alike: bool = field(default=False, metadata={"help": "the first token counts no more than another (chapter 12)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,10 +62,9 @@ def rounded(start: Quantized, point: Tensor) -> Tensor:
     return (point + (point.round() - point).detach()).clamp(0, start.grid.qmax)
 
 
-def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int,
-            alike: bool = False) -> None:
+def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int, alike: bool) -> None:
     """Move the points [out, in], in grid steps, down the error of the block's output; a batch a step, each point by the same
-    amount, which falls from 1 / steps to 0."""
+    amount, which falls from 1 / steps to 0. The first token counts as much as all others, unless all are `alike`."""
     pairs = list(zip(step.stream.batches, (step.aim or step.stream.through(step.block)).batches, strict=True))
     drawn = torch.Generator().manual_seed(0)
     for i in range(steps):
@@ -76,13 +74,8 @@ def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Ten
             weights = {f"{n}.weight": ((rounded(q, moving[n]) - q.grid.zero_point[:, q.g_idx]) * q.grid.scale[:, q.g_idx]
                                        ).to(batch.hidden.dtype) for n, q in start.items()}
             out = step.stream.run(lambda *args, w=weights, **also: functional_call(step.block, w, args, also), batch)
-            gradients = torch.autograd.grad(unlike(out, aim.hidden, alike), list(moving.values()))
+            error = (out - aim.hidden).float().square().mean((0, 2))  # of each position
+            loss = error.mean() if alike else error[0] + error[1:].sum() / max(1, len(error) - 1)
+            gradients = torch.autograd.grad(loss, list(moving.values()))
         for point, gradient in zip(moving.values(), gradients, strict=True):
             point.detach_().sub_(gradient.sign(), alpha=(1 - i / steps) / steps)
-
-
-def unlike(out: Tensor, aim: Tensor, alike: bool) -> Tensor:
-    """Mean squared error of [windows, tokens, width]; the first token counts as much as the others together, or `alike`."""
-    weight = torch.ones(out.shape[1], device=out.device)
-    weight[0] = 1 if alike else max(1, out.shape[1] - 1)
-    return ((out - aim).float().square().mean(-1) * weight).mean()
