@@ -146,7 +146,8 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
                           "AWQ's scales, then GPTQ": AwqGptq(4, s.group),
                           "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True),
                           "GPTQ, then SignRound": GptqSignRound(4, s.group),
-                          "GPTQ, desc_act, then SignRound": GptqSignRound(4, s.group, desc_act=True)}.items():
+                          "GPTQ, desc_act, then SignRound": (learned := GptqSignRound(4, s.group, desc_act=True)),
+                          "the same, all tokens alike": replace(learned, alike=True)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 
