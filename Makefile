@@ -112,6 +112,7 @@ small: PROFILE = small
 small: $(ENV) $(ORIGINALS) $(SERVING)
 	$(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
 	$(BIN)/python -m benchmarks.small_map --device $(or $(DEVICE),cpu)
+	$(BIN)/python -m benchmarks.first_token
 	$(BIN)/python -m benchmarks.exact
 	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
 bench: $(ENV) $(ORIGINALS)
