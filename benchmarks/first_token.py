@@ -22,7 +22,8 @@ from helpers.results import Record, save
 
 SMALL, BLOCKS, LEARNED, OTHER = SUBJECTS["small"], (3, 9, 15, 21), 32, 16
 LEARN = GptqSignRound(4, SMALL.group, desc_act=True, steps=100)
-METHODS = {"GPTQ": Gptq(4, SMALL.group, desc_act=True), "all tokens alike": replace(LEARN, alike=True), "first counts": LEARN}
+METHODS = {"GPTQ": Gptq(4, SMALL.group, desc_act=True), "all tokens alike": LEARN,
+           "first counts": replace(LEARN, alike=False)}
 
 
 def errors(step: Step, other: Stream) -> dict[str, list[float]]:

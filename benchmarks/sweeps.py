@@ -147,7 +147,7 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
                           "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True),
                           "GPTQ, then SignRound": GptqSignRound(4, s.group),
                           "GPTQ, desc_act, then SignRound": (learned := GptqSignRound(4, s.group, desc_act=True)),
-                          "the same, all tokens alike": replace(learned, alike=True)}.items():
+                          "the same, the first token counts": replace(learned, alike=False)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 

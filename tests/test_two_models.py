@@ -122,7 +122,7 @@ def test_ours_beside_the_makers():
     assert all(low > 0 for _, low, _ in theirs["autogptq"])
     assert [round(apart[0], 2) for apart in theirs["autogptq"]] == [0.03, 0.1, 0.04]
     assert [carry.said(low, high) for _, low, high in theirs["gptqmodel"]] == ["lower", "higher", "no difference"]
-    learned, *ours = [it for it in told["bundled"]["as AutoRound"].items() if "SignRound" not in it[0] and "alike" not in it[0]]
+    learned, *ours = [it for it in told["bundled"]["as AutoRound"].items() if "SignRound" not in it[0] and "same" not in it[0]]
     assert learned[0] == "AutoRound" and {carry.verdict(r) for _, r in ours} == {"higher"}
     assert min(ours, key=lambda it: it[1]["kl"][0])[0] == "GPTQ, desc_act"
     scaled = [told[w]["as AutoRound"]["AWQ's scales, then GPTQ, desc_act"]["kl"][0] for w in REAL]
@@ -160,18 +160,20 @@ def test_learned_roundings():
     behind = [told[w]["GPTQ, desc_act"]["kl_against_first"][0] for w in REAL]
     assert all(0.02 < b < 0.04 for b in behind)
     assert all(0.09 < b / told[w]["GPTQ, desc_act"]["kl"][0] < 0.21 for b, w in zip(behind, REAL, strict=True))
-    of = told["bundled"]
-    again = [of[v] for v in ("the same, all tokens alike", "GPTQ, then SignRound", "GPTQ, desc_act, then SignRound")]
-    assert [carry.verdict(row) for row in again] == ["no difference", "higher", "higher"]
-    assert all(len(row["kl_of_draws"]) == 2 and row["kl"][0] < of["GPTQ, desc_act"]["kl"][0] for row in again)
-    worse = carry.real("makers", "as AutoRound: the same, all tokens alike", "as AutoRound: GPTQ, desc_act")
+    of, counts, last = told["bundled"], "the same, the first token counts", "GPTQ, desc_act, then SignRound"
+    again = [of[v] for v in ("GPTQ, then SignRound", last, counts)]
+    assert [carry.verdict(row) for row in again] == ["no difference", "no difference", "higher"]
+    assert all(len(row["kl_of_draws"]) == 2 for row in again) and [round(r["kl"][0], 4) for r in again[:2]] == [0.0028, 0.0028]
+    worse = carry.real("makers", f"as AutoRound: {last}", "as AutoRound: GPTQ, desc_act")
     assert all(i.low > 0 for i in worse.values())
-    assert [round(told[w]["the same, all tokens alike"]["kl"][0], 2) for w in REAL] == [0.24, 0.28, 0.18]
-    assert [round(told[w]["GPTQ, desc_act"]["kl"][0], 2) for w in REAL] == [0.21, 0.23, 0.15]
+    for value, kl in ((last, [0.24, 0.28, 0.18]), ("GPTQ, desc_act", [0.21, 0.23, 0.15]), (counts, [0.60, 0.67, 0.47])):
+        assert [round(told[w][value]["kl"][0], 2) for w in REAL] == kl
+    assert all(told[w][counts]["kl"][0] > 2 * told[w][last]["kl"][0] for w in REAL)
 
 
 def test_first_tokens_of_learned_roundings():
-    """Chapter 12: in one of four blocks they are far off, unless they count; the error at first tokens beside GPTQ's."""
+    """Chapter 12: in one of four blocks they are far off, unless they count; the error at first tokens beside GPTQ's. (Which
+    explains nothing: where they count, the whole model is worse.)"""
     told = read("small_first_token").data["errors"]
     alike, counted = ({b: of[m][0] / of["GPTQ"][0] for b, of in told.items()} for m in ("all tokens alike", "first counts"))
     assert round(alike["9"]) == 12 and round(counted["9"], 1) == 1.3

@@ -2,7 +2,7 @@
 
 SignRound (Cheng et al. 2023, arXiv 2309.05516; AutoRound is its successor) begins at the nearest codes and learns, block by
 block, what to add to each weight before it is rounded, so that the block's outputs come near the unquantized model's. Here it
-begins at what GPTQ rounded, whose errors make up for each other already; the scales stay GPTQ's, and first tokens count more.
+begins at what GPTQ rounded, whose errors make up for each other already; the scales stay GPTQ's.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -23,7 +23,7 @@ from helpers.quantizers.gptq import Solution, targets
 
 @dataclass(frozen=True)
 class GptqSignRound(Gptq):
-    """GPTQ with learned roundings; minutes to hours, since each block is trained."""
+    """GPTQ with learned roundings; minutes to hours, as each block is trained. Did harm on a real model (chapter 12)."""
 
     name: ClassVar[str] = "gptq+signround"
     stacks: ClassVar[bool] = False
@@ -32,7 +32,7 @@ class GptqSignRound(Gptq):
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
-    alike: bool = field(default=False, metadata={"help": "the first token counts no more than another (chapter 12)"})
+    alike: bool = field(default=True, metadata={"help": "all tokens count alike, or the first as much as all others"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ def rounded(start: Quantized, point: Tensor) -> Tensor:
 
 def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int, alike: bool) -> None:
     """Move the points [out, in], in grid steps, down the error of the block's output; a batch a step, each point by the same
-    amount, which falls from 1 / steps to 0. The first token counts as much as all others, unless all are `alike`."""
+    amount, which falls from 1 / steps to 0. Tokens count `alike`, or the first as much as all others."""
     pairs = list(zip(step.stream.batches, (step.aim or step.stream.through(step.block)).batches, strict=True))
     drawn = torch.Generator().manual_seed(0)
     for i in range(steps):
