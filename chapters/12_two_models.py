@@ -319,8 +319,8 @@ print(inspect.getsource(descend))
 # On the bundled model that is enough: 0.0028, and no difference from AutoRound can be told (two draws). On the real one it is
 # *worse* than the GPTQ with desc_act that it began from: 0.24, 0.28 and 0.18 nats/token against 0.21, 0.23 and 0.15. What goes
 # wrong? Four blocks of the real model, each alone: the error of their outputs beside GPTQ's, on windows that nothing was
-# learned from, at first tokens and at all others. Either all tokens count alike, as in SignRound, or the first one of a window as much
-# as all others together:
+# learned from, at first tokens and at all others. Either all tokens count alike, as in SignRound, or the first one of a window
+# as much as all others together:
 
 # %% tags=["nbval-ignore-output"]
 told = read("small_first_token").data
