@@ -2,7 +2,7 @@
 
 Blocks of the small model alone, on inputs of the unquantized model, quantized by GPTQ and by GPTQ, then SignRound, with all
 tokens alike and with the first of each window counting as much as all others. Writes data/results/small_first_token.json: the
-error of the block's outputs on windows that nothing was learned from, as a share of GPTQ's.
+mean squared error of the block's outputs on windows that nothing was learned from, at first tokens and at all others.
 """
 
 import copy
