@@ -72,3 +72,15 @@ class GptqMedian(Gptq):
         damp = self.damp_percent * float(diagonal.median() / diagonal.mean())
         found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, damp, self.search)
         return found.quantized, {"damp_percent": found.damp_percent}
+
+
+@dataclass(frozen=True)
+class GptqOneWay(Gptq):
+    """GPTQ whose symmetric grids all have their longer side below zero, as auto-gptq's: searched scales are positive."""
+
+    name: ClassVar[str] = "gptq, scales above zero"
+
+    def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
+        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent, self.search,
+                     negative=False)
+        return found.quantized, {"damp_percent": found.damp_percent}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.methods import GptqAfterFirst, GptqMedian, LargestInputs
+from benchmarks.methods import GptqAfterFirst, GptqMedian, GptqOneWay, LargestInputs
 from helpers.files import folder_hash, key_hash
 from helpers.harness.carry import of_kind
 from helpers.harness.compare import Quality
@@ -142,12 +142,14 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
     yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom")
     pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
+    one_way = GptqOneWay(4, s.group)
     for value, method in {"GPTQ": best, "GPTQ, desc_act": replace(best, desc_act=True),
+                          "GPTQ, scales above zero": one_way,
+                          "GPTQ, desc_act, scales above zero": replace(one_way, desc_act=True),
                           "AWQ's scales, then GPTQ": AwqGptq(4, s.group),
                           "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True),
                           "GPTQ, then SignRound": GptqSignRound(4, s.group),
-                          "GPTQ, desc_act, then SignRound": (learned := GptqSignRound(4, s.group, desc_act=True)),
-                          "the same, the first token counts": replace(learned, alike=False)}.items():
+                          "GPTQ, desc_act, then SignRound": GptqSignRound(4, s.group, desc_act=True)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 

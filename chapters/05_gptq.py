@@ -186,6 +186,17 @@ for what, W_hat in (("one scale a row", simple), (f"groups of {size}", in_groups
 # that share their input share $F$, and go through together. *desc_act* rounds the columns with the largest inputs ($H_{kk}$)
 # first, while there are many others left to make up for them. *search* tries smaller scales than those that cover a group;
 # the method `Gptq` does so unless told not to, and [chapter 12](12_two_models.ipynb) has the reason.
+#
+# A symmetric grid of 4 bits has eight steps below zero and seven above. Under a *negative* scale it is the other way around,
+# for the same bytes, so a group may give the longer side to whichever end needs it. llama.cpp's Q4_0 and AutoRound do that for
+# the largest weight; auto-gptq never does. The search tries both:
+
+# %% tags=["nbval-ignore-output"]
+for what, options in (("fitted scales", {}), ("searched, above zero", {"search": True, "negative": False}),
+                      ("searched, of either sign", {"search": True})):
+    q = gptq(W, gram.H, group_size=size, **options).quantized
+    print(f"{what:24} {decibel(output_error(W - q.dequantize(), gram.H), signal):6.2f} dB, "
+          f"{(q.grid.scale < 0).float().mean():.0%} of the scales negative")
 
 # %% tags=["nbval-ignore-output"]
 import inspect

@@ -18,7 +18,7 @@ from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
 from helpers.methods.rtn import Rtn
 from helpers.models.method import Gram, Plan
-from helpers.models.quantize import quantize_many, quantize_model
+from helpers.models.quantize import quantize_model
 from helpers.models.source import load
 from helpers.models.texts import calibration, windows
 from helpers.models.walk import walk
@@ -29,9 +29,7 @@ PLANS = {
     "gptq_3_asym_search": Gptq(3, sym=False), "gptq_desc_act": replace(PLAIN, desc_act=True, damp_percent=0.1),
     "gptq_row": replace(PLAIN, group_size=-1), "gptq_block": Plan(PLAIN, inputs="block"),
     "gptq_mixed": Plan(PLAIN, {"q_proj$": replace(PLAIN, bits=8), r"layers\.1\..*v_proj": Keep()}),
-    "awq": Awq(), "awq_3": Awq(3, 64), "awq_scales": Awq(clip=False), "awq_clip": Awq(scale=False),
-    "awq+gptq": AwqGptq(3, sym=False, search=False), "autogptq": AutoGptq()}
-MANY = ("awq_scales", "gptq", "rtn", "awq+gptq")
+    "awq": Awq(), "awq_3": Awq(3, 64), "awq+gptq": AwqGptq(3, sym=False, search=False), "autogptq": AutoGptq()}
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -57,9 +55,8 @@ def main() -> dict:
         model = load().model
         codes = quantize_model(model, plan, tokens).codes
         found[name] = [of_codes(codes), digest(*(p.half() for n, p in model.named_parameters() if "norm" in n))]
-    many = quantize_many(load().model, [Plan(PLANS[n], inputs="model") for n in MANY], tokens)
     grams = [g.H for step in walk(load().model, tokens) for g in step.grams(Gram).values()]
-    return {"arithmetic": digest(*grams), "plans": found, "many": [of_codes(o.codes) for o in many]}
+    return {"arithmetic": digest(*grams), "plans": found}
 
 
 if __name__ == "__main__":

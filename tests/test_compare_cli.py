@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_goes_on_and_leaves_a_report(tmp_path):
     folder = book.random_llama("compare-for-tests", 128, 192, tied=False)
     model, (out, prompts) = folder_hash(folder), (tmp_path / "out", tmp_path / "prompts.jsonl")
     prompts.write_text("".join(json.dumps({"prompt": f"<script>alert({n})</script>"}) + "\n" for n in range(24)))
-    command = [sys.executable, "-m", "helpers.compare", "--model", str(folder), "--prompts", prompts, "--methods", "nf4",
+    command = [sys.executable, "-m", "helpers.compare", "--model", str(folder), "--prompts", prompts, "--methods",
                "rtn:bits=3", "--limit", "2", "--out", out]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     forget(model)
@@ -183,9 +183,9 @@ def test_a_run_that_is_killed_goes_on_and_leaves_a_report(tmp_path):
     names = {p.name for p in out.iterdir()}
     assert names >= {"report.ipynb", "report.html", "results.json", "manifest.yml", "gates.png", "pareto.png", "tasks.png"}
     assert not [n for n in names if "partial" in n or "fresh" in n]
-    assert [v["name"] for v in report.read(out / "results.json")["variants"]] == ["16 bits", "nf4", "rtn:bits=3"]
+    assert [v["name"] for v in report.read(out / "results.json")["variants"]] == ["16 bits", "rtn:bits=3"]
     code = [c for c in nbformat.read(out / "report.ipynb", 4).cells if c.cell_type == "code"]
     assert all(c.execution_count for c in code) and not [o for c in code for o in c.outputs if o.output_type == "error"]
     page = (out / "report.html").read_text()
-    assert page.count('src="data:image/png') >= 4 and "default-src 'none'" in page
+    assert page.count('src="data:image/png') >= 3 and "default-src 'none'" in page
     assert not re.search(r"<script|<link|<iframe|<img[^>]*src=.?https?:|url\(|@import", page)

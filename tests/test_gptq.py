@@ -64,7 +64,27 @@ def test_searched_scales_lower_the_error():
     importance = H.diagonal()
     widest, searched = fit_qparams(W, 4, 128), search_qparams(W, importance, 4, 128)
     weighted = [((W - on_grid(W, g).dequantize()).square() * importance).sum() for g in (widest, searched)]
-    assert weighted[1] < weighted[0] and (searched.scale <= widest.scale).all()
+    assert weighted[1] < weighted[0] and (searched.scale.abs() <= widest.scale).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_symmetric_grids_turn_to_where_the_weights_are(bits):
+    """2^(bits-1) steps lie on one side of zero: a negative scale turns them to the largest weight if that is positive."""
+    W = torch.arange(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) + 1).float()[None]
+    for weights, sign in ((W, -1), (-W, 1)):
+        grid = search_qparams(weights, torch.ones(W.shape[1]), bits)
+        assert grid.scale.item() == sign and torch.equal(on_grid(weights, grid).dequantize(), weights)
+        above = search_qparams(weights, torch.ones(W.shape[1]), bits, negative=False)
+        assert above.scale.item() > 0 and not torch.allclose(on_grid(weights, above).dequantize(), weights, atol=0.01)
+
+
+def test_negative_scales_lower_the_error_of_gptq():
+    W, H = problem()
+    above, either = (gptq(W, H, search=True, negative=n) for n in (False, True))
+    assert error(W, either, H) < 0.97 * error(W, above, H)
+    assert (above.quantized.grid.scale > 0).all() and 0.3 < (either.quantized.grid.scale < 0).float().mean() < 0.7
+    stored = either.quantized.stored()
+    assert torch.equal(stored.grid.scale, either.quantized.grid.scale.half().float())
 
 
 @pytest.mark.parametrize("options", [{}, {"desc_act": True, "search": True}, {"sym": False, "bits": 3}], ids=str)

@@ -1,14 +1,11 @@
 """A switch between two models: promoted, rolled back for each fault, nothing lost and nothing answered twice."""
 
 import random
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
 
-from benchmarks.rollout import breaking, spoiled
 from helpers import rollout as command
 from helpers.harness.gates import parse_gates
 from helpers.harness.report import limits
@@ -23,9 +20,8 @@ from helpers.harness.rollout import (
     parsed,
     read_manifest,
 )
-from helpers.harness.serve import Answer, available, serving
-from helpers.measure.tasks import Example, examples
-from helpers.models.source import BUNDLED
+from helpers.harness.serve import Answer
+from helpers.measure.tasks import Example
 from helpers.results import read
 
 LOG = [Example("json", f"request {n}", '{"a": 1}') for n in range(400)]
@@ -151,27 +147,6 @@ def test_a_late_pick_is_rolled_back_and_a_limit_that_nothing_shows_decides_nothi
     late, fast, unknown = (execute(manifest, LOG, side(), pick(ms), decode) for ms in (300.0, 100.0, None))
     assert (late.outcome, fast.outcome, unknown.outcome) == (ROLLED_BACK, PROMOTED, UNDECIDED)
     assert late.reason.startswith("in_time") and unknown.reason.startswith("in_time: no answer")
-
-
-@pytest.mark.skipif(available() is not None, reason=str(available()))
-def test_two_real_servers(tmp_path):
-    """vLLM twice: a pick with a spoiled head is rolled back, then a sound one is killed in the middle; nothing is lost."""
-    asked = [e for e in examples("judge", ["tool", "json", "facts"], 20) if e.answer]
-    random.Random(0).shuffle(asked)
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    plan = Manifest((Step(0.5, 20), Step(1.0, 40)), {"answered": 0.95, "json_parses": 0.9})
-
-    def switch(pick):
-        return execute(plan, asked, command.side(fallback, tokenizer, 40), pick, lambda ids: tokenizer.decode(
-            ids, skip_special_tokens=True), batch=10)
-
-    with serving(BUNDLED) as fallback, ExitStack() as bad:
-        second = bad.enter_context(serving(spoiled(BUNDLED, tmp_path / "spoiled"), timeout=300))
-        fault = switch(command.side(second, tokenizer, 40))
-        death = switch(breaking(command.side(fallback, tokenizer, 40), command.side(second, tokenizer, 40), 5, bad.close))
-    for found, limit in ((fault, "json_parses"), (death, "answered")):
-        assert found.outcome == ROLLED_BACK and found.reason.startswith(limit) and not found.lost
-        assert sorted(found.served) == list(range(len(asked))) and found.served[len(asked) - 1][0] == "fallback"
 
 
 def test_the_manifest_of_a_comparison_can_be_executed():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import socket
 import struct
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,9 +19,12 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.rollout import breaking, spoiled
+from helpers import rollout
 from helpers.harness import load as loads
 from helpers.harness import serve
 from helpers.harness.load import GENERATOR, Load, gaps_ms, load
+from helpers.harness.rollout import ROLLED_BACK, Manifest, Step, execute
 from helpers.harness.serve import (
     EngineFailed,
     EngineMissing,
@@ -291,18 +295,44 @@ def kl(server, model, ids) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.fixture(scope="module")
+def server():
+    """The bundled model in 16 bits behind the engine."""
+    with serving(BUNDLED) as started:
+        yield started
+
+
 @engine
-def test_the_model_in_16_bits_is_served_as_it_is(asked, bundled):
+def test_the_model_in_16_bits_is_served_as_it_is(server, asked, bundled):
     prompts, items = asked
-    with serving(BUNDLED) as server:
-        said = answers(server, prompts, NEW)
-        assert not any(a.error for a in said) and all(a.ended for a in said)
-        assert [a.tokens for a in said] == in_process(bundled.model, prompts)
-        assert abs(kl(server, bundled.model, items[0].ids)) < 1e-4
-        assert server.kernels() == [] and server.seconds_to_ready > 1
-        [unknown] = answers(Server(server.url, "another"), prompts[:1], NEW)
-        [long] = answers(server, prompts[:1], 4000)
-        assert "HTTP 404" in unknown.error and "HTTP 400" in long.error
+    said = answers(server, prompts, NEW)
+    assert not any(a.error for a in said) and all(a.ended for a in said)
+    assert [a.tokens for a in said] == in_process(bundled.model, prompts)
+    assert abs(kl(server, bundled.model, items[0].ids)) < 1e-4
+    assert server.kernels() == [] and server.seconds_to_ready > 1
+    [unknown] = answers(Server(server.url, "another"), prompts[:1], NEW)
+    [long] = answers(server, prompts[:1], 4000)
+    assert "HTTP 404" in unknown.error and "HTTP 400" in long.error
+
+
+@engine
+def test_a_switch_between_two_servers(server, bundled, tmp_path):
+    """A pick with a spoiled head is rolled back, then a sound one is killed in the middle; nothing is lost."""
+    wanted = [e for e in examples("judge", ["tool", "json", "facts"], 20) if e.answer]
+    random.Random(0).shuffle(wanted)
+    plan = Manifest((Step(0.5, 20), Step(1.0, 40)), {"answered": 0.95, "json_parses": 0.9})
+    tokenizer, fallback = bundled.tokenizer, rollout.side(server, bundled.tokenizer, 40)
+
+    def switch(pick):
+        return execute(plan, wanted, fallback, pick, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), batch=10)
+
+    with ExitStack() as bad:
+        second = rollout.side(bad.enter_context(serving(spoiled(BUNDLED, tmp_path / "spoiled"))), tokenizer, 40)
+        fault = switch(second)
+        death = switch(breaking(fallback, second, 5, bad.close))
+    for found, limit in ((fault, "json_parses"), (death, "answered")):
+        assert found.outcome == ROLLED_BACK and found.reason.startswith(limit) and not found.lost
+        assert sorted(found.served) == list(range(len(wanted))) and found.served[len(wanted) - 1][0] == "fallback"
 
 
 @four_bits

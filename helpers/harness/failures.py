@@ -96,9 +96,9 @@ def short_windows(study: Study, tokens: Sequence[Sequence[int]], bits: int = 2) 
 
 
 def redrawn(variant: Simulation, draws: int) -> list[Simulation]:
-    """The same, calibrated on its windows in other orders: in floating point each is another draw (chapter 5)."""
-    return [replace(variant, name=f"{variant.name}, draw {n}", tokens=random.Random(n).sample(list(variant.tokens), len(
-        variant.tokens))) for n in range(draws)]
+    """It, and the same calibrated on its windows in other orders: in floating point each is another draw (chapter 5)."""
+    return [variant, *(replace(variant, name=f"{variant.name}, draw {n}", tokens=random.Random(n).sample(
+        list(variant.tokens), len(variant.tokens))) for n in range(1, draws))]
 
 
 def _gptq(study: Study, name: str, bits: int, tokens: Sequence[Sequence[int]], **also) -> Simulation:

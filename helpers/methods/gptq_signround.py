@@ -32,7 +32,6 @@ class GptqSignRound(Gptq):
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
-    alike: bool = field(default=True, metadata={"help": "all tokens count alike, or the first as much as all others"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +45,7 @@ class GptqSignRound(Gptq):
             W, H = step.block.get_submodule(n).weight, kept[n].H
             start[n], notes[n] = super().solve(W, kept[n])
             points[n] = targets(W, H, Solution(start[n], **notes[n]), self.desc_act)
-        descend(step, start, points, self.steps, self.alike)
+        descend(step, start, points, self.steps)
         for n, q in start.items():
             W, H = step.block.get_submodule(n).weight.float(), kept[n].H
             kept[n] = replace(q, codes=rounded(q, points[n]).to(torch.int32))
@@ -62,9 +61,9 @@ def rounded(start: Quantized, point: Tensor) -> Tensor:
     return (point + (point.round() - point).detach()).clamp(0, start.grid.qmax)
 
 
-def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int, alike: bool) -> None:
+def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Tensor], steps: int) -> None:
     """Move the points [out, in], in grid steps, down the error of the block's output; a batch a step, each point by the same
-    amount, which falls from 1 / steps to 0. Tokens count `alike`, or the first as much as all others."""
+    amount, which falls from 1 / steps to 0."""
     pairs = list(zip(step.stream.batches, (step.aim or step.stream.through(step.block)).batches, strict=True))
     drawn = torch.Generator().manual_seed(0)
     for i in range(steps):
@@ -74,8 +73,6 @@ def descend(step: Step, start: Mapping[str, Quantized], points: Mapping[str, Ten
             weights = {f"{n}.weight": ((rounded(q, moving[n]) - q.grid.zero_point[:, q.g_idx]) * q.grid.scale[:, q.g_idx]
                                        ).to(batch.hidden.dtype) for n, q in start.items()}
             out = step.stream.run(lambda *args, w=weights, **also: functional_call(step.block, w, args, also), batch)
-            error = (out - aim.hidden).float().square().mean((0, 2))  # of each position
-            loss = error.mean() if alike else error[0] + error[1:].sum() / max(1, len(error) - 1)
-            gradients = torch.autograd.grad(loss, list(moving.values()))
+            gradients = torch.autograd.grad((out - aim.hidden).float().square().mean(), list(moving.values()))
         for point, gradient in zip(moving.values(), gradients, strict=True):
             point.detach_().sub_(gradient.sign(), alpha=(1 - i / steps) / steps)

@@ -25,7 +25,8 @@ class ScaleError(ValueError):
 
 @dataclass(frozen=True)
 class QParams:
-    """The grid of each group: codes run from 0 to `qmax`; `scale` and `zero_point` are [out, groups]."""
+    """The grid of each group: codes run from 0 to `qmax`; `scale` and `zero_point` are [out, groups]. A negative scale turns a
+    grid around: the end that is one step farther from zero, code 0, is then the positive one."""
 
     scale: Float[Tensor, "out groups"]
     zero_point: Float[Tensor, "out groups"]
@@ -82,16 +83,22 @@ def fit_qparams(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = -1
 
 
 def search_qparams(W: Float[Tensor, "out in_"], importance: Float[Tensor, " in_"], bits: int = 4, group_size: int = -1,
-                   sym: bool = True, steps: int = 20, smallest: float = 0.5) -> QParams:
+                   sym: bool = True, negative: bool = True, steps: int = 20, smallest: float = 0.5) -> QParams:
     """The grid of each group, shrunk so that sum_k importance_k (w_k - w_hat_k)^2 is least over `steps` shrink factors.
 
-    With importance = diag(H) that is the group's output error if inputs were uncorrelated. Raises as `fit_qparams`.
+    A symmetric grid has 2^(bits-1) steps on one side of zero and one less on the other. With `negative` scales too both ways
+    around are tried, from max|w| / 2^(bits-1) on, which the longer side just reaches (llama.cpp's Q4_0 and AutoRound give it to
+    the largest weight). With importance = diag(H) the sum is the group's output error if inputs were uncorrelated. Raises as
+    `fit_qparams`.
     """
     widest = fit_qparams(W, bits, group_size, sym)
     grouped = W.float().unflatten(1, (widest.groups, -1))
     weight = importance.unflatten(0, (widest.groups, -1))
     best, least = widest.scale, torch.full_like(widest.scale, torch.inf)
-    for shrink in torch.linspace(1, smallest, steps).tolist():
+    shrinks = torch.linspace(1, smallest, steps)
+    if sym and negative:
+        shrinks = torch.cat([shrinks, -shrinks]) * (widest.qmax / (widest.qmax + 1))
+    for shrink in shrinks.tolist():
         scale = shrink * widest.scale[..., None]
         q = (torch.round(grouped / scale) + widest.zero_point[..., None]).clamp_(0, widest.qmax)
         error = ((q - widest.zero_point[..., None]).mul_(scale).sub_(grouped).square_() * weight).sum(2)
@@ -138,7 +145,8 @@ class Quantized:
 
     def stored(self) -> "Quantized":
         """With its scales rounded to fp16, as every file has them; raises ScaleError if one is too large for that."""
-        scale = self.grid.scale.float().clamp(min=FP16_LEAST).half().float()
+        scale = self.grid.scale.float()
+        scale = scale.abs().clamp(min=FP16_LEAST).copysign(scale).half().float()
         if not torch.isfinite(scale).all():
             raise ScaleError(f"a scale of {self.grid.scale.max():g} is beyond fp16, in which all formats store it: "
                              "leave this linear in 16 bits, or rescale the model")

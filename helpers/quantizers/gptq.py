@@ -123,12 +123,12 @@ def feedback_factor(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 @torch.no_grad()
 def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4, group_size: int = 128, sym: bool = True,
-         desc_act: bool = False, damp_percent: float = 0.01, search: bool = False) -> Solution:
+         desc_act: bool = False, damp_percent: float = 0.01, search: bool = False, negative: bool = True) -> Solution:
     """Rounding with error feedback: minimises tr(dW H dW^T) greedily, column by column.
 
     A group's grid is fitted when its first column is reached, from weights that carry all corrections so far. With
-    `search` its scale is the one of least error, each column weighed by D, what no later column can correct. Linears that
-    share H can be stacked along `out`. Raises GroupSizeError and HessianError.
+    `search` its scale is the one of least error, each column weighed by D, what no later column can correct; for symmetric
+    grids among `negative` ones too. Linears that share H can be stacked along `out`. Raises GroupSizeError and HessianError.
     """
     width, qmax, group_size = W.shape[1], 2**bits - 1, check(W, bits, group_size)
     order = _order(H, desc_act)
@@ -148,7 +148,7 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
             # one grid a row is fitted to the row; that of a group to its weights as best corrected so far
             sample = Wt.T if group_size == width else (Wt[start:stop] + torch.linalg.solve_triangular(
                 F[start:stop, start:stop], carried, upper=False, unitriangular=True)).T
-            grid = (search_qparams(sample, importance[start:start + group_size], bits, -1, sym) if search
+            grid = (search_qparams(sample, importance[start:start + group_size], bits, -1, sym, negative) if search
                     else fit_qparams(sample, bits, -1, sym))
             scales.append(grid.scale)
             zeros.append(grid.zero_point)

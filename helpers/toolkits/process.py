@@ -18,7 +18,8 @@ from helpers.files import REPORT, check_replaceable, hashes, put_in_place, write
 from helpers.results import machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
-ORIGINALS = ROOT / ".venv-originals"  # `make originals`: transformers 4 and the archived toolkits, over the main torch
+# `make originals`: transformers 4 and the archived toolkits, over the main torch
+ORIGINALS = Path(os.environ.get("ORIGINALS", ROOT / ".venv-originals"))
 
 
 class ToolkitFailed(RuntimeError):
