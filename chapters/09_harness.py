@@ -224,7 +224,8 @@ for metric in ("nll", "exact"):
 # *AutoRound* is what many would pick today. It learns, block by block and by signed gradient descent, which weights to round up
 # and where to clip, and writes an ordinary GPTQ file. On the bundled model it is measurably nearer to full precision than NF4
 # and AWQ; between it and GPTQ no difference is detectable at this sample size. What it costs is in the table of sizes below: it
-# takes longer to make than GPTQ's file.
+# takes longer to make than GPTQ's file. ([Chapter 12](12_two_models.ipynb) takes its lead over GPTQ apart: a good part of it is
+# the sign of its scales.)
 #
 # "No difference detectable" is a result, and it comes with its price: the size that a difference would need. To see one half as
 # large takes four times the questions.

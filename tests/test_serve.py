@@ -39,7 +39,7 @@ from helpers.harness.stream import completion
 from helpers.measure import quality
 from helpers.measure.answers import greedy
 from helpers.measure.tasks import encode, examples
-from helpers.methods.rtn import Rtn
+from helpers.methods.gptq import Gptq
 from helpers.models.checkpoint import quantize_to
 from helpers.models.reading import load_simulated
 from helpers.models.source import BUNDLED
@@ -364,8 +364,9 @@ def test_a_processor_without_a_kernel_for_4_bits():
 
 @engine
 def test_a_model_that_the_engine_refuses(tmp_path):
-    quantize_to(tmp_path / "three", BUNDLED, Rtn(3))
+    """The columns of a group must be neighbours: the README says so, and what reads the file instead."""
+    quantize_to(tmp_path / "ordered", BUNDLED, Gptq(desc_act=True), [range(5, 200)])
     before = {p.pid for p in psutil.process_iter()}
-    with pytest.raises(EngineRefused, match="Unsupported quantization config: bits=3"), serving(tmp_path / "three"):
+    with pytest.raises(EngineRefused, match=r"desc_act=True\) is no longer supported"), serving(tmp_path / "ordered"):
         pass
     assert gone([p for p in psutil.process_iter() if p.pid not in before and "VLLM" in p.name()])

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from helpers.harness import carry
@@ -91,16 +90,18 @@ def test_searched_scales_of_symmetric_grids():
     assert all(i.high < 0 for i in less.values())
     of = {w: carry.panels("recipes")[w]["recipes, 4 bits"] for w in REAL}
     gone = [1 - o["GPTQ, symmetric, searched scales"]["kl"][0] / o["GPTQ, symmetric"]["kl"][0] for o in of.values()]
-    assert min(gone) == pytest.approx(0.25, abs=0.01) and max(gone) == pytest.approx(0.42, abs=0.01)
-    beside_plain = list(carry.real("recipes", searched, f"{AT4}GPTQ").values())
-    assert all(i.high < 0 for i in beside_plain[:2]) and np.isfinite(beside_plain[2]).all()
+    assert min(gone) == pytest.approx(0.31, abs=0.01) and max(gone) == pytest.approx(0.49, abs=0.01)
+    assert all(i.high < 0 for i in carry.real("recipes", searched, f"{AT4}GPTQ").values())
+    asymmetric = list(carry.real("recipes", searched, f"{AT4}GPTQ, searched scales").values())
+    assert asymmetric[0].low > 0 and round(asymmetric[0].estimate, 3) == 0.011
+    assert not any(i.excludes_zero() for i in asymmetric[1:])
     at_home = carry.rows("recipes", "bundled")
     assert paired(at_home[searched], at_home[default], "answer_kl").high < 0
     at_home = carry.panels("recipes")["bundled"]["recipes, 4 bits"]
     assert 1 - at_home["GPTQ, symmetric, searched scales"]["kl"][0] / at_home["GPTQ, symmetric"]["kl"][0] == pytest.approx(
         0.25, abs=0.03)
     tuned = {v: r["kl"][0] for v, r in carry.panels("tuned")["bundled"]["recipes, 4 bits"].items()}
-    assert tuned["GPTQ, symmetric, searched scales"] / tuned["GPTQ, symmetric"] == pytest.approx(0.8, abs=0.02)
+    assert tuned["GPTQ, symmetric, searched scales"] / tuned["GPTQ, symmetric"] == pytest.approx(0.75, abs=0.03)
 
 
 def test_awq_at_3_bits_on_the_real_model():

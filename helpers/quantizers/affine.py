@@ -25,8 +25,7 @@ class ScaleError(ValueError):
 
 @dataclass(frozen=True)
 class QParams:
-    """The grid of each group: codes run from 0 to `qmax`; `scale` and `zero_point` are [out, groups]. A negative scale turns a
-    grid around: the end that is one step farther from zero, code 0, is then the positive one."""
+    """The grid of each group: codes from 0 to `qmax`; `scale` (below zero it turns the grid around) and `zero_point`."""
 
     scale: Float[Tensor, "out groups"]
     zero_point: Float[Tensor, "out groups"]
@@ -70,16 +69,12 @@ def fit_qparams(W: Float[Tensor, "out in_"], bits: int = 4, group_size: int = -1
     qmax = 2**bits - 1
     if sym:
         scale = 2 * grouped.abs().amax(2) / qmax
-        zero_point = torch.full_like(scale, 2 ** (bits - 1))
     else:
         low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
         scale = (high - low) / qmax
-        zero_point = None
     # a group of zeros has no range; so has one of subnormals, whose scale rounds to zero
     scale = torch.where(scale > 0, scale, 1.0)
-    if zero_point is None:
-        zero_point = torch.round(-low / scale)
-    return QParams(scale, zero_point, qmax)
+    return QParams(scale, torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-low / scale), qmax)
 
 
 def search_qparams(W: Float[Tensor, "out in_"], importance: Float[Tensor, " in_"], bits: int = 4, group_size: int = -1,

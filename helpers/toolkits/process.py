@@ -18,8 +18,7 @@ from helpers.files import REPORT, check_replaceable, hashes, put_in_place, write
 from helpers.results import machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
-# `make originals`: transformers 4 and the archived toolkits, over the main torch
-ORIGINALS = Path(os.environ.get("ORIGINALS", ROOT / ".venv-originals"))
+ORIGINALS = Path(os.environ.get("ORIGINALS", ROOT / ".venv-originals"))  # transformers 4, the archived toolkits (Makefile)
 
 
 class ToolkitFailed(RuntimeError):
