@@ -16,12 +16,12 @@ AT4 = "recipes, 4 bits: "
 def test_verdicts_on_both_models():
     both = carry.both_models()
     counts = carry.agreement(both.drop(columns="kind")).sum()
-    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (29, 46, 38, 3)
+    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (31, 45, 45, 3)
     assert counts.sum() == 3 * len(both) == carry.agreement_by_kind(both).to_numpy().sum()
     opposite = both[(both["bundled"] == "higher") & (both[REAL] == "lower").all(axis=1)]
     assert opposite.index.tolist() == [("recipes, 4 bits", "AWQ")]
     none = both[REAL].eq("no difference").to_numpy() & ~both["bundled"].eq("no difference").to_numpy()[:, None]
-    assert none.sum() == 2  # of the 38: elsewhere it is the bundled model that sees nothing
+    assert none.sum() == 2  # of the 45: elsewhere it is the bundled model that sees nothing
     settings = both[both["kind"] == "a setting of GPTQ"]
     assert settings.loc[("recipes, 4 bits", "GPTQ, symmetric"), ["bundled", *REAL]].eq("higher").all()
     for bits in (2, 3, 4):
@@ -162,8 +162,8 @@ def test_what_the_lead_of_autoround_was_made_of():
     behind = [told[w][ours + above]["kl_against_first"] for w in REAL]
     assert all(low > 0 for _, low, _ in behind) and all(0.02 < b < 0.04 for b, *_ in behind)
     assert all(0.09 < b / told[w][ours + above]["kl"][0] < 0.21 for (b, *_), w in zip(behind, REAL, strict=True))
-    assert [carry.verdict(told[w][ours]) for w in REAL] == ["higher", "lower", "no difference"]
-    assert round(told["novel"][ours]["kl_against_first"][0], 3) == 0.005
+    assert [carry.verdict(told[w][ours]) for w in REAL[1:]] == ["lower", "no difference"]
+    assert told["novel"][ours]["kl_against_first"][:2] == pytest.approx([0.005, 0], abs=0.0006)
     rows = {"bundled": carry.rows("makers", "bundled")} | {w: carry.rows("makers", w) for w in REAL}
     gone = {(w, v): paired(of[f"as AutoRound: {v}"], of[f"as AutoRound: {v}{above}"], "answer_kl")
             for w, of in rows.items() for v in ("GPTQ", ours)}
