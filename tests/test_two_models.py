@@ -174,9 +174,14 @@ def test_what_the_lead_of_autoround_was_made_of():
 
 
 def test_learned_roundings():
-    """After GPTQ: no difference from AutoRound on the bundled model."""
-    of = carry.panels("makers")["bundled"]["as AutoRound"]
-    learned = of["GPTQ, desc_act, then SignRound"]
+    """After GPTQ: no difference from AutoRound on the bundled model, harm on the real one."""
+    told, last = carry.panels("makers"), "GPTQ, desc_act, then SignRound"
+    harm = carry.real("makers", f"as AutoRound: {last}", "as AutoRound: GPTQ, desc_act")
+    assert all(i.low > 0 for i in harm.values())
+    for value, kl in ((last, [0.21, 0.26, 0.16]), ("GPTQ, desc_act", [0.18, 0.19, 0.12])):
+        assert [round(told[w]["as AutoRound"][value]["kl"][0], 2) for w in REAL] == kl
+    of = told["bundled"]["as AutoRound"]
+    learned = of[last]
     assert carry.verdict(learned) == "no difference" and len(learned["kl_of_draws"]) == 2
     assert [round(of[v]["kl"][0], 4) for v in ("GPTQ, desc_act", "AutoRound")] == [0.003, 0.0025]
     assert round(learned["kl"][0], 4) == 0.0025
