@@ -21,7 +21,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test tests notebooks another engine cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test tests notebooks another engine executed cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -150,13 +150,17 @@ sensitivity: $(ENV)
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
 	$(BIN)/ruff check .
-# Two at a time, each on one thread: the bundled model is too small for two threads to be twice as fast
+# Two at a time, each on one thread: the bundled model is too small for two threads to be twice as fast. Beside them the engine,
+# of which a test mostly waits for its start
 test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
-	OMP_NUM_THREADS=1 $(MAKE) -j2 tests notebooks another engine
+	OMP_NUM_THREADS=1 $(MAKE) -j3 tests executed engine
 tests: $(ENV)
 	$(BIN)/python -m pytest --ignore tests/test_serve.py
 engine: $(ENV)
 	$(BIN)/python -m pytest tests/test_serve.py
+executed:
+	$(MAKE) notebooks
+	$(MAKE) another
 notebooks: $(ENV)
 	$(BIN)/python -m helpers.book site chapters _build/site-committed
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 chapters/*.ipynb
