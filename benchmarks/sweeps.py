@@ -359,13 +359,16 @@ def work(sweeps: Sequence[Sweep], part: int, parts: int, draws: int, minutes: fl
     """Every `parts`-th of the variants, for several processes at once, until so many draws of each are there: what is neither
     stored nor `known`. One that fails is named, and left."""
     stop, todo = time.monotonic() + 60 * minutes, {}  # {hash of a variant: which draw, it, and the sweeps that ask for it}
-    for sweep in sweeps:
-        for panel in sweep.panels():
+    for sweep, panel in ((sweep, panel) for sweep in sweeps for panel in sweep.panels()):
+        try:  # a toolkit's file is made by asking for its key
             missing = [v for v in panel.draws if what_was_asked(sweep.quality.key | {"variant": v.key()}) not in known]
-            there = len(panel.draws) - len(missing)
-            for n, variant in enumerate(missing[:max(0, draws - there)], there):
-                asked_by = todo.setdefault(key_hash(variant.key()), (n, variant, []))[2]
-                asked_by += [] if sweep in asked_by else [sweep]
+        except Exception:
+            print(f"{sweep.record}: {panel.knob}: {panel.value} failed\n{traceback.format_exc()}", file=sys.stderr)
+            continue
+        there = len(panel.draws) - len(missing)
+        for n, variant in enumerate(missing[:max(0, draws - there)], there):
+            asked_by = todo.setdefault(key_hash(variant.key()), (n, variant, []))[2]
+            asked_by += [] if sweep in asked_by else [sweep]
     first_draws_first = sorted(todo.values(), key=lambda it: it[0])
     for _, variant, of in tqdm(first_draws_first[part::parts], desc=f"part {part}"):
         if time.monotonic() > stop:

@@ -218,17 +218,19 @@ pd.DataFrame(speed, index=["median", "fastest"]).T.round(0)
 
 # %% tags=["nbval-ignore-output"]
 from helpers.book import RECORDS
+from helpers.harness.variants import Original
 from helpers.results import Record, read_all, save
 
 if profile:  # the default run is in the cells above
     measured = {n: row | {"bytes": int(memory.measured[n]), "tokens_per_second": speed[n][0]} for n, row in found.items()}
-    save(Record(f"pipelines_{profile}", run_on | {"artefacts": measured}), RECORDS)
+    weights = Original(run_on["model"], run_on["revision"]).weights
+    save(Record(f"pipelines_{profile}", run_on | {"artefacts": measured}, model_sha256=weights), RECORDS)
 for record in (there := read_all("pipelines_")):
     print(f"{record.data['model']} at {record.data['revision']}, {record.machine['gpu']}, {record.date}:")
     for name, row in record.data["artefacts"].items():
         print(f"    {name:18} KL {row['kl'][0]:.4f}  exact {row['exact']:.1%}  {row['tokens_per_second']:.0f} tokens/s")
 if not there:
-    print("none yet: no machine with a GPU has run this book")
+    print("none yet: no 7B model has been through this chapter")
 
 # %% [markdown]
 # ## The originals beside their successors

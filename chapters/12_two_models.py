@@ -107,9 +107,10 @@ here = look_at(lm, tokens)
 record = read("inputs")
 print(f"{record.data['windows']} windows, {record.machine['cpu']}, {record.date}, {record.command}")
 recorded = dict(record.data["rows"])
-if model == "bundled":
+is_bundled = run_on["model"] == "bundled"
+if is_bundled:
     recorded.pop("bundled")
-whose = {f"{'bundled' if model == 'bundled' else 'your model'}, live": here, **recorded}
+whose = {f"{'bundled' if is_bundled else 'your model'}, live": here, **recorded}
 
 # %% tags=["nbval-ignore-output"]
 def reads(rows, end):

@@ -217,10 +217,12 @@ class Most(TorchDispatchMode):
         self.now -= self.alive.pop(which)
 
 
-@pytest.mark.parametrize("plan, low", [(Gptq(), 0.85), (Plan(Gptq(), inputs="block"), 0.85), (Awq(), 0.85), (AwqGptq(), 0.85),
-                                       (Rtn(), 0.85), (Nf4(), 0.6), (RowInt8(), 0.6)], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "opt", "phi3"])
-def test_quantizing_holds_the_predicted_bytes(plan, low, kind, tmp_path):
+HOLDS = {Gptq(): 0.85, Plan(Gptq(), inputs="block"): 0.85, Awq(): 0.85, AwqGptq(): 0.85, Rtn(): 0.85, Nf4(): 0.6,
+         RowInt8(): 0.6}
+
+
+@pytest.mark.parametrize("kind, plan", [*((k, p) for k in ("llama", "opt") for p in HOLDS), ("phi3", AwqGptq())], ids=str)
+def test_quantizing_holds_the_predicted_bytes(kind, plan, tmp_path):
     """Counted tensor by tensor. For nf4 and int8, whose codes are smaller than a number, the prediction is a bound."""
     config = WIDE[kind]
     AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path / "model")
@@ -229,4 +231,4 @@ def test_quantizing_holds_the_predicted_bytes(plan, low, kind, tmp_path):
         quantize_to(tmp_path / "out", tmp_path / "model", plan, tokens)
     ratio = count.most / sum(quantizing_bytes(config, plan, 256).values())
     print(f"{kind}, {plan}: {count.most:,} bytes, {ratio:.3f} of the prediction")
-    assert low < ratio < 1.15
+    assert HOLDS[plan] < ratio < 1.15

@@ -194,7 +194,7 @@ def test_a_cluster_loses_a_worker_and_nothing_else(tmp_path, bundled, monkeypatc
     torch.set_num_threads(1)
     written, save = Counter(), Cell.save
     monkeypatch.setattr(Cell, "save", lambda cell, path: (written.update([path.name]), save(cell, path))[1])
-    far, near = quality(bundled, tmp_path / "far", 16), quality(bundled, tmp_path / "near", 16)
+    far, near = quality(bundled, tmp_path / "far", 4), quality(bundled, tmp_path / "near", 4)
     variants = [Original(), Simulation("NF4", Nf4()), *(
         Simulation(f"{bits} bits of {group}", Rtn(bits, group)) for bits in (2, 3, 4) for group in (64, 128))]
     pids: list[int] = []

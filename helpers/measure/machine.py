@@ -51,15 +51,11 @@ def bandwidth(device: torch.device | str = "cpu", size: int | None = None, repea
     return array.nbytes / min(seconds(read, device) for _ in range(repeats + 1) for read in reads)
 
 
-def least_ms(bytes_read: float, bytes_a_second: float) -> float:
-    """The least time of whatever must read so many bytes, ms."""
-    return 1000 * bytes_read / bytes_a_second
-
-
 @torch.inference_mode()
 def share_of_bandwidth(linear: nn.Module, in_features: int, bytes_read: int, dtype: torch.dtype = torch.float32,
                        device: torch.device | str = "cpu", size: int | None = None, repeats: int = 20) -> float:
-    """How much of the memory's bandwidth a linear of `bytes_read` reaches at batch 1: 1 is `least_ms`, less is slower.
+    """How much of the memory's bandwidth a linear of `bytes_read` reaches at batch 1: 1 is the least time that
+    reading its weights can take, less is slower.
 
     An array beyond the cache (`size` as for `bandwidth`) is read before every run: it drives the weights out of the cache,
     as the rest of a model would, and is the measure. The median of the pairs. A linear that is small beside what a call

@@ -25,13 +25,14 @@ class Died(RuntimeError):
 
 
 def alone(work: Callable[..., T], *args) -> T:
-    """work(*args) in a process of its own, which imported nothing but torch before. All must be picklable: what a notebook
-    defines is not.
+    """work(*args) in a process of its own, which imported torch and, on a machine without a GPU, transformers before. All must
+    be picklable: what a notebook defines is not.
 
     Raises Died naming the work and the signal, or the error, that ended it.
     """
     context = get_context("forkserver")  # fork alone would take our memory along, and our OpenMP threads would be missing
-    context.set_forkserver_preload(["torch"])  # no more: what asks for a GPU here would keep the children from using it
+    # Seconds that each child is spared; not where there is a GPU: what asks for it here would keep the children from using it
+    context.set_forkserver_preload(["torch"] if torch.cuda.is_available() else ["torch", "helpers.measure.warm"])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=enter, args=(pickle.dumps((work, args)), theirs), daemon=True)
     child.start()
@@ -87,15 +88,17 @@ def forget_most(device: torch.device | str = "cpu") -> bool:
 def peaks(load: Callable[[], nn.Module], prompt_tokens: int, new_tokens: int, device: str = "cpu") -> dict[str, float]:
     """{load_s; loaded, peak_load, peak_prefill, peak_decode in bytes} of the model that `load` brings to `device`.
 
-    `loaded` is what is held after loading, the peaks the most during each phase; all less what was held before. What
-    loading imports counts, some MB for transformers; on a GPU only tensors do. NaN where the system cannot say.
-    Prompts are one sequence, greedy. Raises Died.
+    `loaded` is what is held after loading, the peaks the most during each phase; all less what was held before, by when a
+    model of another size had answered: some MB of libraries may still count; on a GPU only tensors do. NaN where the system
+    cannot say. Prompts are one sequence, greedy. Raises Died.
     """
     return alone(_peaks, load, prompt_tokens, new_tokens, device)
 
 
 def _peaks(load: Callable[[], nn.Module], prompt_tokens: int, new_tokens: int, device: str) -> dict[str, float]:
-    torch.ones(8, 8) @ torch.ones(8, 8)  # what the libraries take at their first call is not the model's
+    from helpers.measure.warm import answered
+
+    answered(device)  # what the libraries take at their first call is not the model's
     before, known = held(device), forget_most(device)
 
     def most() -> float:
