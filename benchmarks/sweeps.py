@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.methods import GptqAfterFirst, GptqMedian, GptqOneWay, LargestInputs
 from helpers.files import folder_hash, key_hash
-from helpers.harness.carry import of_kind
+from helpers.harness.carry import of_kind, right
 from helpers.harness.compare import Quality
 from helpers.harness.variants import Original, Simulation, ToolkitArtefact, Variant, loaded
-from helpers.measure.quality import right_answers
 from helpers.measure.stats import ratio_interval
 from helpers.measure.tasks import ENGLISH, Item, encode, encode_choices, encode_text, examples, text
 from helpers.methods.awq import Awq
@@ -359,7 +358,7 @@ def work(sweeps: Sequence[Sweep], part: int, parts: int, draws: int, minutes: fl
     """Every `parts`-th of the variants, for several processes at once, until so many draws of each are there: what is neither
     stored nor `known`. One that fails is named, and left."""
     stop, todo = time.monotonic() + 60 * minutes, {}  # {hash of a variant: which draw, it, and the sweeps that ask for it}
-    for sweep, panel in ((sweep, panel) for sweep in sweeps for panel in sweep.panels()):
+    for sweep, panel in [(s, p) for s in sweeps for p in s.panels()]:
         try:  # a toolkit's file is made by asking for its key
             missing = [v for v in panel.draws if what_was_asked(sweep.quality.key | {"variant": v.key()}) not in known]
         except Exception:
@@ -409,13 +408,7 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
 
 def answered(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The share of each task's questions that were answered right, over the draws."""
-    told = {}
-    for task in ENGLISH:
-        at = arrays["task"] == task
-        draws = [right_answers(arrays["id"][at], exact[at], (nll / arrays["answer_tokens"])[at]).values()
-                 for exact, nll in zip(arrays["exact"], arrays["answer_nll"], strict=True)]
-        told[task] = float(np.mean([list(d) for d in draws]))
-    return told
+    return {task: float(right(arrays, [task]).mean()) for task in ENGLISH}
 
 
 def panels_of(results: Mapping[str, dict], full: dict) -> dict[str, dict[str, dict]]:

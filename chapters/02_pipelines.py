@@ -324,8 +324,10 @@ for step, outcome in steps.items():
 #
 # ## Summary
 #
-# One model went through bitsandbytes, GPTQModel and their predecessors. Sizes follow from the shapes exactly. Quality has to
-# be measured, with intervals, because at 4 bits the differences are of the size of the noise in a small test set.
+# One model went through bitsandbytes, GPTQModel and their predecessors. Sizes follow from the shapes exactly, of any model.
+# Quality has to be measured, with intervals: at 4 bits some differences are of the size of the noise in a small test set, and
+# none of this page's is a verdict on another model. On SmolLM2-135M the order of NF4, GPTQ and AWQ is another one, and
+# auto-gptq's file is measurably farther from 16 bits than ours ([chapter 12](12_two_models.ipynb)).
 #
 # ## Exercises
 #

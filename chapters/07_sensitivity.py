@@ -220,7 +220,8 @@ print("your kind:", kinds.index[0] == worst_kind, "| your block:", int(blocks.in
 # ## The same on a real model
 #
 # SmolLM2 (chapter 12) has thirty blocks, so its map was taken at 3 bits alone, in groups of 64, on 35 texts of its tuning set
-# (stored: `python -m benchmarks.small_map`). GPTQ searches its scales here. Is it the same kind that is dearest?
+# (stored: `python -m benchmarks.small_map`). GPTQ searched its scales, all above zero then. Is it the same kind that is
+# dearest?
 
 # %%
 from helpers.harness.sensitivity import where

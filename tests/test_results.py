@@ -67,7 +67,7 @@ def test_read_all(tmp_path):
 
 
 def test_committed_records_are_of_the_committed_model():
-    """Those of the small one, which is not committed, are all of the same; those of chapter 2 of the profile's that they name."""
+    """Those of the small one, which is not committed, are all of the same; those of chapter 2 name theirs."""
     records = [r for r in results.read_all("") if not r.name.startswith("pipelines_")]
     small = [r for r in records if "small_" in r.name]
     assert len(records) >= 5 and len({r.model_sha256 for r in small}) == 1

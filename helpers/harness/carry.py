@@ -1,16 +1,20 @@
 """Which verdicts of the bundled model hold on a real one: the same sweep on both, panel by panel."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from helpers.measure.stats import Interval, paired
+from helpers.measure.quality import right_answers
+from helpers.measure.stats import Interval, paired, ratio_interval
+from helpers.measure.tasks import ENGLISH
 from helpers.results import read
 from helpers.store import values
 
-FIRST = {"kl_against_first": [0, 0, 0]}  # what the first of a panel says of itself, and what is not there says nothing
+UNQUANTIZED = "16 bits: 16 bits"
 SAID = {-1: "lower", 0: "no difference", 1: "higher"}
 VOICE_NAMES = {"novel": "real, novel", "speeches": "real, speeches", "questions": "real, questions"}
 
@@ -50,45 +54,85 @@ def real(name: str, one: str, other: str) -> dict[str, Interval]:
     return {label: paired((of := rows(name, kind))[one], of[other], "answer_kl") for kind, label in VOICE_NAMES.items()}
 
 
+def right(arrays: Mapping[str, np.ndarray], tasks: Iterable[str] = ENGLISH) -> np.ndarray:
+    """Whether each of the real model's questions was answered right, [draws, questions]: the right choice was the likeliest."""
+    at = [arrays["task"] == task for task in tasks]
+    return np.concatenate([[list(right_answers(arrays["id"][a], exact[a], (nll / arrays["answer_tokens"])[a]).values())
+                            for exact, nll in zip(arrays["exact"], arrays["answer_nll"], strict=True)] for a in at], 1)
+
+
+def answers(name: str) -> dict[str, tuple[float, Interval]]:
+    """Of the real model's questions: the share that each row of a sweep gets right, and that less what 16 bits get."""
+    of = {row: right(arrays).astype(float) for row, arrays in values(f"sweep_small_{name}").items()}
+    full = of.pop(UNQUANTIZED)
+    return {row: (found.mean(), ratio_interval(found - full, np.ones(found.shape[1]))) for row, found in of.items()}
+
+
+def differences(name: str) -> dict[tuple[str, str], dict[str, Interval]]:
+    """{(panel, variant): {whose text: KL less that of the panel's first, in % of it}} of every variant that the bundled model
+    has. The first that both models have, where they share any; nothing for a text on which one of the two was not measured."""
+    of = {whose: rows(name, whose) for whose in ("bundled", *VOICE_NAMES)}
+    labels = [tuple(row.split(": ", 1)) for row in of["bundled"] if row != UNQUANTIZED]
+    found = {}
+    for knob, panel in groupby(labels, itemgetter(0)):
+        values_ = [value for _, value in panel]
+        first = next((v for v in values_ if f"{knob}: {v}" in of["novel"]), values_[0])
+        for value in (v for v in values_ if v != first):
+            pair = {w: (o[f"{knob}: {value}"], o[f"{knob}: {first}"]) for w, o in of.items()
+                    if f"{knob}: {value}" in o and f"{knob}: {first}" in o}
+            found[knob, value] = {w: share(*both) for w, both in pair.items()}
+    return found
+
+
+def share(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> Interval:
+    """KL of one less that of the other, in % of the other's."""
+    whole = 100 * other["tokens"].sum() / other["answer_kl"].mean(0).sum()
+    return Interval(*(whole * x for x in paired(one, other, "answer_kl")))
+
+
 def verdicts(name: str) -> pd.DataFrame:
     """A row for each variant that both models have, less the first of its panel; a column for each kind of text."""
-    told = panels(name)
-    rows = {(knob, value): {whose: verdict(of[knob][value]) for whose, of in told.items()}
-            for knob, panel in told["bundled"].items() for value in panel
-            if all(of.get(knob, {}).get(value, FIRST)["kl_against_first"] != FIRST["kl_against_first"]
-                   for of in told.values())}
+    rows = {row: {whose: said(i.low, i.high) for whose, i in of.items()} for row, of in differences(name).items()
+            if len(of) == 1 + len(VOICE_NAMES)}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def widths() -> pd.DataFrame:
-    """The same for GPTQ beside rounding at each width, which the panel of widths sets against its first alone."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for whose in ("bundled", *VOICE_NAMES):
-        of = rows("gptq", whose)
-        for bits in (2, 3, 4, 8):
-            i = paired(of[f"bits: GPTQ, {bits}"], of[f"bits: rounding, {bits}"], "answer_kl")
-            found.setdefault(("GPTQ beside rounding", f"{bits} bits"), {})[whose] = said(i.low, i.high)
-    return pd.DataFrame.from_dict(found, orient="index")
+def side_by_side(name: str) -> pd.DataFrame:
+    """Every variant of the bundled model's sweep beside the first of its panel, on both models: KL less its KL, in % of it."""
+    rows = {row: {whose: f"{of[whose].estimate:+.0f} [{of[whose].low:+.0f}, {of[whose].high:+.0f}]" if whose in of
+                  else "not measured" for whose in ("bundled", *VOICE_NAMES)} for row, of in differences(name).items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename(columns=VOICE_NAMES)
 
 
-METHOD, SETTING, CALIBRATED = "one method or another", "a setting of GPTQ", "calibration"
+def pairs() -> pd.DataFrame:
+    """Verdicts that no panel has: GPTQ beside rounding at each width, and AWQ beside GPTQ."""
+    asked = {("GPTQ beside rounding", f"{bits} bits"): ("gptq", f"bits: GPTQ, {bits}", f"bits: rounding, {bits}")
+             for bits in (2, 3, 4, 8)} | {
+        ("AWQ beside GPTQ", "3 bits"): ("awq", "model: AWQ, scales and clipping", "model: GPTQ")}
+    told = {row: {whose: said(*share((of := rows(name, whose))[one], of[other])[1:]) for whose in ("bundled", *VOICE_NAMES)}
+            for row, (name, one, other) in asked.items()}
+    return pd.DataFrame.from_dict(told, orient="index")
+
+
+METHOD, SETTING, CALIBRATED, MAKER = "one method or another", "a setting", "calibration", "one maker or another"
 HALVES = "beside rounding, 3 bits"
-KNOBS = {"calibration windows of 256": CALIBRATED, "GPTQ beside rounding": METHOD, HALVES: METHOD}
+KNOBS = {"GPTQ beside rounding": METHOD, "AWQ beside GPTQ": METHOD, HALVES: METHOD, "grid at blocks of 64": METHOD,
+         "GPTQ, by whom": MAKER, "AWQ, by whom": MAKER, "as AutoRound": MAKER}
 
 
 def kind(knob: str, value: str) -> str:
     """What kind of question a row of a panel answers."""
-    if knob in KNOBS:
-        return KNOBS[knob]
+    if knob in KNOBS or knob.startswith("calibration"):
+        return KNOBS.get(knob, CALIBRATED)
     return METHOD if value.startswith(("rounding", "AWQ", "NF4")) else SETTING
 
 
 def both_models() -> pd.DataFrame:
     """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
     again = ["desc_act", "searched scales", "rounding"]  # which the recipes have as well
-    halves = verdicts("awq").loc[["model"]].rename(index={"model": HALVES}, level=0)
-    table = pd.concat([widths(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
-                       verdicts("remedies").drop(index=again, level=1), halves])
+    halves = verdicts("awq").rename(index={"model": HALVES}, level=0)
+    table = pd.concat([pairs(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
+                       verdicts("remedies").drop(index=again, level=1), halves, verdicts("nf4"), verdicts("makers")])
     return table.assign(kind=[kind(*row) for row in table.index])
 
 

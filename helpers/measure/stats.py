@@ -73,6 +73,7 @@ def paired(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], wh
     than 2 texts, or one has another number of tokens in each: then the two are not about the same thing.
     """
     shared, a, b = np.intersect1d(first["id"], second["id"], return_indices=True)
+    a, b = a[order := np.argsort(a)], b[order]  # as they are in the first, so that all who resample draw the same texts
     if len(shared) < 2 or not np.array_equal(first[tokens][a], second[tokens][b]):
         raise ValueError(f"{len(shared)} texts in common, with the same tokens in each: expected at least 2, and the same")
     x, y = np.atleast_2d(first[what])[:, a], np.atleast_2d(second[what])[:, b]
