@@ -348,10 +348,13 @@ pd.DataFrame({whose: {value: plots.between(row["kl"], ".3g") for value, row in o
 carry.side_by_side("awq").drop(index=["model, GPTQ", "with outlier channels, GPTQ", "4 bits, by whom"], level=0)
 
 # %% [markdown]
-# (KL from 16 bits, nats/token, with its interval over texts; then the verdicts beside rounding.) Scales alone, of which the
-# bundled model shows nothing, take a fifth to over a third of rounding's KL away; with clipping about half is gone. And where
-# GPTQ has less than half of AWQ's KL on the bundled model, it has more than AWQ here, on all three kinds of text. What clipping
-# does alone, and AWQ's scales before GPTQ at 3 bits, was not measured here (at 4 bits: chapter 5).
+# (KL from 16 bits, nats/token, with its interval over texts; then each variant's KL less that of the first of its panel, here
+# rounding, in % of it: an interval that holds 0 says that no difference can be told.)
+#
+# Neither half does more: scales alone, of which the bundled model shows nothing, take a fifth to over a third of rounding's KL
+# away, clipping alone a quarter to a third, both together about half. And where GPTQ has less than half of AWQ's KL on the
+# bundled model, it has more than AWQ here, on all three kinds of text. AWQ's scales before it take a fifth to over a quarter of
+# GPTQ's KL away. Beside AWQ with clipping that is less on the novel, level on the speeches, more on the questions.
 #
 # ## To a file, and back
 

@@ -1,8 +1,6 @@
 """Which verdicts of the bundled model hold on a real one: the same sweep on both, panel by panel."""
 
 from collections.abc import Iterable, Mapping
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -69,14 +67,16 @@ def answers(name: str) -> dict[str, tuple[float, Interval]]:
 
 
 def differences(name: str) -> dict[tuple[str, str], dict[str, Interval]]:
-    """{(panel, variant): {whose text: KL less that of the panel's first, in % of it}} of every variant that the bundled model
-    has. The first that both models have, where they share any; nothing for a text on which one of the two was not measured."""
+    """{(panel, variant): {whose text: KL less that of the panel's first, in % of it}} of every variant that was measured. The
+    first that both models have, where they share any; nothing for a text on which one of the two was not measured."""
     of = {whose: rows(name, whose) for whose in ("bundled", *VOICE_NAMES)}
-    labels = [tuple(row.split(": ", 1)) for row in of["bundled"] if row != UNQUANTIZED]
+    panels_: dict[str, list[str]] = {}
+    for row in dict.fromkeys([*of["bundled"], *of["novel"]]):
+        panels_.setdefault(row.split(": ", 1)[0], []).append(row.split(": ", 1)[1])
+    panels_.pop("16 bits")
     found = {}
-    for knob, panel in groupby(labels, itemgetter(0)):
-        values_ = [value for _, value in panel]
-        first = next((v for v in values_ if f"{knob}: {v}" in of["novel"]), values_[0])
+    for knob, values_ in panels_.items():
+        first = next((v for v in values_ if all(f"{knob}: {v}" in o for o in of.values())), values_[0])
         for value in (v for v in values_ if v != first):
             pair = {w: (o[f"{knob}: {value}"], o[f"{knob}: {first}"]) for w, o in of.items()
                     if f"{knob}: {value}" in o and f"{knob}: {first}" in o}
@@ -98,9 +98,9 @@ def verdicts(name: str) -> pd.DataFrame:
 
 
 def side_by_side(name: str) -> pd.DataFrame:
-    """Every variant of the bundled model's sweep beside the first of its panel, on both models: KL less its KL, in % of it."""
+    """Every variant of a sweep beside the first of its panel, on both models: KL less its KL, in % of it."""
     rows = {row: {whose: f"{of[whose].estimate:+.0f} [{of[whose].low:+.0f}, {of[whose].high:+.0f}]" if whose in of
-                  else "not measured" for whose in ("bundled", *VOICE_NAMES)} for row, of in differences(name).items()}
+                  else "not measured" for whose in ("bundled", *VOICE_NAMES)} for row, of in differences(name).items() if of}
     return pd.DataFrame.from_dict(rows, orient="index").rename(columns=VOICE_NAMES)
 
 
