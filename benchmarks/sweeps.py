@@ -220,6 +220,7 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
         recipes: dict[str, Method] = {
             "GPTQ": plain, "rounding": Rtn(bits, s.group, sym=False), "rounding, symmetric": Rtn(bits, s.group),
             "GPTQ, symmetric": symmetric, "GPTQ, damping 0.0001": replace(plain, damp_percent=1e-4),
+            "GPTQ, damping 0.000001": replace(plain, damp_percent=1e-6),
             "GPTQ, damping 0.1": replace(plain, damp_percent=0.1), "GPTQ, desc_act": replace(plain, desc_act=True),
             "GPTQ, searched scales": replace(plain, search=True),
             "GPTQ, desc_act, searched scales": replace(plain, desc_act=True, search=True), "AWQ": Awq(bits, s.group),

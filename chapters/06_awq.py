@@ -177,8 +177,8 @@ plt.show()
 #
 # Twenty candidates through the Gram matrix (given) against twenty forward passes, and whole models beside the toolkits. Ours
 # looks at each linear's output, theirs at that of the attention and the MLP. In the larger model most of our time is the
-# search, twenty products of $\Delta W$ and $H$ for each group of linears, whatever the number of tokens (few in the runs of
-# whole models, because the toolkits need minutes; one run of the larger one):
+# search, twenty products of $\Delta W$ and $H$ for each group of linears, whatever the number of tokens. (The toolkits need
+# minutes for a whole model, so there are few tokens, and one run of the larger one.)
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.latency import beside

@@ -72,9 +72,15 @@ def test_one_that_fails_is_named_and_the_rest_goes_on(capsys):
         def load(self, device="cpu"):
             raise ValueError("no weights")
 
-    sweep = FakeSweep("one", [Panel("knob", "bad", [Broken("bad")]), Panel("knob", "good", [Fake("good")])])
+    class Unmade(Fake):  # of a toolkit's file the key is asked for first
+        def key(self):
+            raise ValueError("the toolkit does not take it")
+
+    panels = [Panel("knob", v.name, [v]) for v in (Broken("bad"), Unmade("unmade"), Fake("good"))]
+    sweep = FakeSweep("one", panels)
     work([sweep], 0, 1, 9, 1e9)
-    assert sweep.made == ["good"] and "bad failed" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert sweep.made == ["good"] and "bad failed" in told and "knob: unmade failed" in told
 
 
 @pytest.mark.parametrize("name", ["tuned", "remedies", "gptq"])

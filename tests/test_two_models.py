@@ -40,6 +40,8 @@ def test_remedies():
     rows = [f"remedies, 4 bits: {r}" for r in ("first tokens left out", "rounding", "damping by the median", "GPTQ")]
     worse = carry.real("remedies", *rows[:2])
     assert [round(i.estimate, 2) for i in worse.values()] == [0.06, 0.09, 0.09] and all(i.low > 0 for i in worse.values())
+    alone = carry.real("remedies", "remedies, 4 bits: first tokens left out where they are loudest", rows[3])
+    assert not any(i.excludes_zero() for i in alone.values())
     median = carry.real("remedies", *rows[2:])
     assert [i.low > 0 for i in median.values()] == [True, True, False] and all(i.estimate > 0 for i in median.values())
     told = carry.panels("remedies")
@@ -117,6 +119,28 @@ def test_awq_at_3_bits_on_the_real_model():
     at_home = carry.rows("awq", "bundled")
     assert paired(at_home["model: GPTQ"], at_home[both], "answer_kl").high < 0
     assert told["bundled"]["model"]["GPTQ"]["kl"][0] < 0.5 * told["bundled"]["model"]["AWQ, scales and clipping"]["kl"][0]
+    apart = carry.differences("awq")
+    clipping, scaled = ([apart[row][w] for w in REAL] for row in (
+        ("model", "AWQ, clipping only"), ("model, GPTQ", "after AWQ's scales")))
+    assert [round(f(i.estimate for i in clipping)) for f in (min, max)] == [-35, -25] and all(i.high < 0 for i in clipping)
+    assert [round(f(i.estimate for i in scaled)) for f in (min, max)] == [-29, -21] and all(i.high < 0 for i in scaled)
+    beside = carry.real("awq", "model: AWQ's scales, then GPTQ", both).values()
+    assert [carry.said(i.low, i.high) for i in beside] == ["lower", "no difference", "higher"]
+
+
+def test_what_calibration_text_is_worth():
+    """Chapter 5: text of the model's own beside instructions at 3 bits, and instructions beside the novel at 4."""
+    own = [carry.differences("gptq")["calibration text", "own"][w] for w in REAL]
+    assert [round(f(i.estimate for i in own)) for f in (min, max)] == [-32, -14] and all(i.high < 0 for i in own)
+    on_instructions, on_novel = values("sweep_small_makers")["GPTQ, by whom: ours"], values("sweep_small_recipes")
+    symmetric, best = (on_novel[f"{AT4}{row}"] for row in (
+        "GPTQ, symmetric", "AWQ's scales, then GPTQ, symmetric, searched scales"))
+    for w, prose in zip(REAL, (True, True, False), strict=True):
+        worse, other = carry.of_kind(on_instructions, w), carry.of_kind(symmetric, w)
+        i, share = paired(worse, other, "answer_kl"), worse["answer_kl"].mean(0).sum() / worse["tokens"].sum()
+        assert i.excludes_zero() == prose and (not prose or 0.25 < i.estimate / share < 0.34)
+        if prose:
+            assert -0.155 < paired(carry.of_kind(best, w), other, "answer_kl").estimate < -0.14
 
 
 def test_ours_beside_the_makers():
