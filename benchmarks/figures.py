@@ -9,9 +9,11 @@ from helpers import plots
 from helpers.harness.carry import panels
 from helpers.models.source import DATA
 
-SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ": "GPTQ",
-         "GPTQ, desc_act, searched scales": "GPTQ, desc_act,\nsearched scales",
-         "AWQ's scales, then GPTQ, desc_act, searched scales": "AWQ's scales,\nthen GPTQ, the same"}
+SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": "GPTQ, the toolkits'",
+         "GPTQ, symmetric, searched scales": "GPTQ, our default",
+         "AWQ's scales, then GPTQ, symmetric, searched scales": "awq+gptq (for vLLM)",
+         "GPTQ, desc_act, searched scales": "GPTQ, asymmetric,\ndesc_act",
+         "AWQ's scales, then GPTQ, desc_act, searched scales": "awq+gptq, asymmetric,\ndesc_act"}
 
 
 def main() -> None:
@@ -19,7 +21,7 @@ def main() -> None:
     titles = {"bundled": "bundled model, its questions", "novel": "SmolLM2-135M, a novel",
               "questions": "SmolLM2-135M, questions"}
     with plots.style():
-        figure, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained", sharey=True)
+        figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharey=True)
         for ax, (text, title) in zip(axes, titles.items(), strict=True):
             plots.recipes(ax, {SHOWN[n]: whose[text]["recipes, 4 bits"][n]["kl"] for n in SHOWN})
             ax.set_title(title, fontsize=9)

@@ -269,9 +269,9 @@ pd.DataFrame({size: {"bits a weight": f"{3 + (16 + 3) / int(size):.3f}" if int(s
 # %%
 by_group = {size: verdict(r) for size, r in groups.items()}
 real_groups = verdicts("gptq").reindex([("group size", "32"), ("group size", "-1")]).drop(columns="bundled")
-told = zip(("at 32", "for whole rows"), real_groups.to_numpy(), strict=True)
+by_size = zip(("at 32", "for whole rows"), real_groups.to_numpy(), strict=True)
 of_the_real = "not measured" if real_groups.isna().any(axis=None) else "beside groups of 64 KL is " + " and ".join(
-    f"{', '.join(dict.fromkeys(row))} {what}" for what, row in told)
+    f"{', '.join(dict.fromkeys(row))} {what}" for what, row in by_size)
 audit.say(3, "smaller groups: better quality, more metadata; 32 to 128 is the useful range", HOLDS if (
     by_group["64"] == by_group["32"] == LOWER and by_group["-1"] == HIGHER) else CONDITIONS,
     f"bundled, 3 bits: each step from whole rows to 128, 64 and 32 lowers KL. The real model: {of_the_real}",

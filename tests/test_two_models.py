@@ -17,12 +17,15 @@ AT4 = "recipes, 4 bits: "
 def test_verdicts_on_both_models():
     both = carry.both_models()
     counts = carry.agreement(both.drop(columns="kind")).sum()
-    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (31, 45, 45, 3)
-    assert counts.sum() == 3 * len(both) == carry.agreement_by_kind(both).to_numpy().sum()
+    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (51, 75, 71, 7)
+    of_kind = carry.agreement_by_kind(both)
+    assert counts.sum() == 3 * len(both) == of_kind.to_numpy().sum()
     opposite = both[(both["bundled"] == "higher") & (both[REAL] == "lower").all(axis=1)]
-    assert opposite.index.tolist() == [("recipes, 4 bits", "AWQ")]
+    assert set(opposite.index) == {("recipes, 4 bits", "AWQ"), ("AWQ beside GPTQ", "3 bits")}
+    assert of_kind.loc["calibration"].tolist() == [12, 6, 0] and of_kind.loc["a setting", "opposite"] == 0
+    assert of_kind.loc["a setting", "one of them none"] > of_kind.loc["a setting", "same"]
     none = both[REAL].eq("no difference").to_numpy() & ~both["bundled"].eq("no difference").to_numpy()[:, None]
-    assert none.sum() == 2  # of the 45: elsewhere it is the bundled model that sees nothing
+    assert none.sum() == 6  # of the 71: elsewhere it is the bundled model that sees nothing
     settings = both[both["kind"] == "a setting"]
     assert settings.loc[("recipes, 4 bits", "GPTQ, symmetric"), ["bundled", *REAL]].eq("higher").all()
     for bits in (2, 3, 4):
@@ -84,7 +87,7 @@ def test_what_is_chosen_on_the_tuning_set():
     assert found["nearer"].to_dict() == {"bundled": "none", "novel": "none", "speeches": "none", "questions": best}
     estimates = [float(text.split(" ")[0]) for text in found["the toolkits' less its own"]]
     assert all(0.17 <= round(e, 2) <= 0.2 for e in estimates[1:]) and "[+" in found.loc["bundled", "the toolkits' less its own"]
-    assert found["tried"].tolist() == [17, 4, 4, 4] and len(carry.panels("tuned")["bundled"]["recipes, 4 bits"]) == 17
+    assert found["tried"].tolist() == [17, 6, 6, 6] and len(carry.panels("tuned")["bundled"]["recipes, 4 bits"]) == 17
 
 
 def test_searched_scales_of_symmetric_grids():

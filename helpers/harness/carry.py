@@ -130,7 +130,7 @@ def kind(knob: str, value: str) -> str:
 def both_models() -> pd.DataFrame:
     """Every question that the sweeps put to both models, with its kind and the verdict on each kind of text."""
     again = ["desc_act", "searched scales", "rounding"]  # which the recipes have as well
-    halves = verdicts("awq").rename(index={"model": HALVES}, level=0)
+    halves = verdicts("awq").drop(index=["GPTQ", "AWQ's scales, then GPTQ"], level=1).rename(index={"model": HALVES}, level=0)
     table = pd.concat([pairs(), verdicts("recipes"), verdicts("gptq").drop(index="bits", level=0),
                        verdicts("remedies").drop(index=again, level=1), halves, verdicts("nf4"), verdicts("makers")])
     return table.assign(kind=[kind(*row) for row in table.index])
