@@ -232,6 +232,16 @@ def test_the_map_of_the_real_model():
     assert at_home.most_common(1)[0][0] == "o_proj" and [k for k, _ in at_home.most_common()].index("v_proj") == 3
 
 
+def test_what_the_maps_say_is_true_of_whole_models():
+    """Chapter 7: 3 bits with one kind in 8."""
+    told = {kind: of for (_, kind), of in carry.differences("raised").items()}
+    values_ = [told["v_proj"][w].estimate for w in REAL]
+    assert [round(f(values_)) for f in (min, max)] == [-40, -34] and all(told["v_proj"][w].high < -30 for w in REAL)
+    assert all(-11 < told["o_proj"][w].estimate < -3 for w in REAL)
+    at_home = {kind: of["bundled"].estimate for kind, of in told.items()}
+    assert min(at_home, key=at_home.get) == "o_proj" and 1.8 < at_home["o_proj"] / at_home["v_proj"] < 2.1
+
+
 def test_what_the_lead_of_autoround_was_made_of():
     """Scales of either sign, for the most part: paired differences, AutoRound's first."""
     told = {w: of["as AutoRound"] for w, of in carry.panels("makers").items()}
