@@ -78,9 +78,11 @@ pd.DataFrame({name: {"seconds, with import and load": r["seconds"], "calibration
 # %% [markdown]
 # ## Bytes: predict, then measure
 #
-# A file format says which tensors a linear has, so its size follows from its shape. With $n$ weights in groups of 128 a linear
-# takes, in the GPTQ format, $n/2$ bytes of packed integers, a 2-byte scale and half a byte of zero point for each group, and 4
-# bytes for each input column, which name its group:
+# All these methods cut the weights of a linear into groups. A group shares a *scale*, the size of a step, and some a *zero
+# point*, the step that means 0; what is kept of a weight is its *code*, the number of its step ([chapter
+# 3](03_error_formula.ipynb) does it by hand). A file format says which tensors that makes, so its size follows from the shape.
+# With $n$ weights in groups of 128 a linear takes, in the GPTQ format, $n/2$ bytes of packed integers, a 2-byte scale and half
+# a byte of zero point for each group, and 4 bytes for each input column, which name its group:
 #
 # $$\text{bytes} = \frac{n}{2} + \frac{n}{128}\left(2 + \frac12\right) + 4\,\text{columns}$$
 #
@@ -236,8 +238,9 @@ if not there:
 # ## The originals beside their successors
 #
 # auto-gptq and autoawq are archived and need a transformers of 2025. What did they make of the same model, and how much of
-# it is bit for bit what GPTQModel makes? A difference is no error by itself: auto-gptq damps the Hessian by 1 % where
-# GPTQModel adds 5 %, and one integer rounded the other way changes every column after it.
+# it is bit for bit what GPTQModel makes? A difference is no error by itself: both first add
+# a little to the diagonal of a matrix (*damping*, [chapter 5](05_gptq.ipynb)), auto-gptq 1 % and GPTQModel 5 %, and one code
+# rounded the other way changes every column after it.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.models.source import ModelUnavailable
@@ -277,8 +280,8 @@ for name in [n for n in ("gptqmodel-gptq", "gptqmodel-awq") if n in loaded]:
 # It runs, and says little: one request, no warm-up, and characters are no unit of a model's work. A faster time may only
 # mean that one answer was shorter. The table above answers the question that the example asks.
 #
-# *Example 2* loads a 16-bit checkpoint straight into NF4, with double quantization and bf16 compute, and generates 80
-# tokens. That is the call behind `bitsandbytes-nf4`, without the file:
+# *Example 2* loads a 16-bit checkpoint straight into NF4, with double quantization (the scales are quantized as well, [chapter
+# 4](04_nf4.ipynb)) and bf16 compute, and generates 80 tokens. That is the call behind `bitsandbytes-nf4`, without the file:
 
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoModelForCausalLM

@@ -229,8 +229,8 @@ carry.side_by_side("nf4")
 
 # %% [markdown]
 # - *NF4 or INT4*: what the bundled model cannot tell, the real one can: the uniform grids have a higher KL, the symmetric one
-#   by more than half, the asymmetric one (4.5 bits) by 17 to 28 %. In loss NF4 cannot be told from the asymmetric one ([chapter
-#   11](11_audit.ipynb), C8, has perplexities).
+#   by more than half, the asymmetric one (4.31 bits) by 17 to 28 %. In loss NF4 cannot be told from the asymmetric one
+#   ([chapter 11](11_audit.ipynb), C8, has perplexities).
 # - *Blocks*: 32 is measurably better than 64 here. 128 and more are worse on both models.
 # - *Output head*: worse on both, and here by half of what NF4 costs elsewhere: with 49,152 tokens it is a fifth of the model.
 # - *Double quantization* and *compute dtype*: nothing worth naming on either.

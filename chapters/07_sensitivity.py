@@ -253,8 +253,8 @@ for name, f in frames.items():
 # block does. Queries do least on both models.
 #
 # So which layers to raise is to be measured on the model at hand. By the maps 8 bits for `o_proj` should help the bundled model
-# most, and 8 bits for the values the real one. Do they? Everything at 3 bits by GPTQ and one kind in 8: KL less that of
-# everything at 3 bits, in % of it.
+# most, and 8 bits for the values the real one. Do they? (Of the real one two kinds were tried.) Everything at 3 bits by GPTQ
+# and one kind in 8: KL less that of everything at 3 bits, in % of it.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness import carry
@@ -262,9 +262,9 @@ from helpers.harness import carry
 carry.side_by_side("raised").loc["3 bits, in 8 bits"]
 
 # %% [markdown]
-# They do. On the real model 8 bits for the values alone, 0.16 bits a weight, take a third to two fifths of the KL away, and
-# `o_proj`, three times as large, a tenth at most; on the bundled model `o_proj` does most, and twice what the values do. (On
-# texts that the maps did not see; one draw on the real model, two on the bundled one.)
+# Of those tried the maps name the right one. On the real model 8 bits for the values alone, 0.16 bits a weight, take a third to
+# two fifths of the KL away, and `o_proj`, three times as large, a tenth at most; on the bundled model `o_proj` does most, and
+# twice what the values do. (On texts that the maps did not see; one draw on the real model, two on the bundled one.)
 #
 # %% [markdown]
 # ## What fails first

@@ -17,7 +17,7 @@
 # # 12. What a small model can tell, and what not
 #
 # **After this chapter** you can say which findings of this book to carry to a model of your own, find in the inputs of its
-# layers why the others do not carry, and choose settings on one half of your data and judge them on the other.
+# layers what sets it apart, and choose settings on one half of your data and judge them on the other.
 #
 # *Needs*: chapters [4](04_nf4.ipynb), [5](05_gptq.ipynb) and [6](06_awq.ipynb). *Time*: half a minute on a laptop CPU.
 # *On a GPU*: the same cells.
@@ -84,8 +84,8 @@ both[both.drop(columns="kind").nunique(axis=1) > 1].drop(columns="kind")
 # On two, AWQ beside GPTQ at 4 bits and at 3, it gives the opposite one on all three texts (and once on one text, beside
 # AutoRound). On 71 one of the two sees no difference, nearly always the bundled one: it is right about rounding, grids fitted
 # to the range, large blocks, the head and too little calibration text, and sees nothing where desc_act, searched scales and
-# AWQ's scales before GPTQ change much. So trust it on calibration (12 of 18) and on what does harm. On a setting it is never
-# the opposite, and mostly silent. On one method beside another it may be the opposite.
+# AWQ's scales before GPTQ change much. On a setting, and on the number of calibration windows, it is never the opposite, but
+# where it says "no difference" there may be a large one. On one method beside another it may be the opposite.
 #
 # ## A few loud channels
 #
@@ -273,9 +273,9 @@ for whose in ("bundled", *carry.VOICE_NAMES):
 pd.DataFrame(shown).T
 
 # %% [markdown]
-# On the real model that is a third to a half of the KL, on the bundled one a quarter, for a file that is read everywhere. So it
-# is what `Gptq()` does. (Asymmetric grids with searched scales are nearer by 0.011 nats/token on the novel; on the real model's
-# other texts, and on the bundled model, no difference can be told.)
+# On the real model that is a third to a half of the KL (one draw against two), on the bundled one a quarter, for a file that is
+# read everywhere. So it is what `Gptq()` does. (Asymmetric grids with searched scales are nearer by 0.011 nats/token on the
+# novel; on the real model's other texts, and on the bundled model, no difference can be told.)
 #
 # ## Beside the toolkits, and beside learning
 #
@@ -342,19 +342,20 @@ print(inspect.getsource(descend))
 # On the bundled model that is enough: 0.0025, and no difference from AutoRound can be told (two draws). On the real one it does
 # harm: 0.21, 0.26 and 0.16 nats/token on novel, speeches and questions, where the GPTQ with desc_act that it began from has
 # 0.18, 0.19 and 0.12. AutoRound also learns the scales, begins at the nearest codes, and keeps the best of its steps; which of
-# these spares it the harm was not measured. So on a real model: GPTQ with desc_act, or AutoRound.
+# these spares it the harm was not measured. So on a real model: GPTQ with desc_act, or
+# AutoRound, whose file vLLM reads. (`awq+gptq` without desc_act beside AutoRound was not measured on this calibration.)
 #
 # ## Which findings carry
 #
 # - *Carry over*: that GPTQ beats rounding at each width (only 3 bits on questions could not be told), that symmetric grids
-#   with scales fitted to the range cost, that very small damping costs, that an NF4 head and large blocks do, that one or two
+#   with scales fitted to the range cost, that damping of 0.0001 costs, that an NF4 head and large blocks do, that one or two
 #   windows are too few. The direction, not the amount: 16 windows are enough for the bundled model and not for the real one.
 # - *Do not carry over*: that an option makes no difference. desc_act, searched scales of asymmetric grids, AWQ's scales alone
 #   and before GPTQ do little or nothing on the bundled model; together they halve the KL of the real one.
-# - *Measure anew*: one method against another, and one maker against another. AWQ beside GPTQ changes sign, at 4 bits and at 3.
-# - *An explanation* is a guess until what follows from it has been measured. Two of
-#   this chapter's did not survive that: that GPTQ should not look at the loud first token, and that AutoRound is nearer on the
-#   real model because it learns.
+# - *Measure anew*: one method against another, and one maker against another. AWQ beside GPTQ changes sign, at 4 bits and at 3,
+#   and at 3 once more where GPTQ's scales are searched (chapter 6).
+# - *An explanation* is a guess until what follows from it has been measured. Two of this chapter's did not survive that: that
+#   GPTQ should not look at the loud first token, and that all of AutoRound's lead is learned.
 #
 # ## Where it breaks
 #
@@ -367,9 +368,8 @@ print(inspect.getsource(descend))
 #
 # ## Summary
 #
-# The bundled model is a fair test of whether code is right, and of coarse questions. What options are worth shows on a model
-# whose attention has loud channels and a loud first token, as large ones have. Choose on one part of your data, judge on
-# another.
+# The bundled model is a fair test of whether code is right, and of coarse questions. What options are worth shows on a real
+# model. Choose on one part of your data, judge on another.
 #
 # ## Exercises
 #
@@ -382,13 +382,13 @@ print(inspect.getsource(descend))
 # (`helpers.models.outliers.add_outliers`) and every group that reads a norm is one.
 # </details>
 #
-# 2. If no setting made any difference on the bundled model, how many of its 31 verdicts would say one does?
+# 2. If no setting made any difference on the bundled model, how many of its 51 verdicts would say one does?
 #
 # <details><summary>Solution</summary>
 #
-# If none of $n$ comparisons had a difference, $n/20$ would still come out as one, half of them on each side: of the 31 verdicts
-# of the bundled model one or two. To be the *opposite* of the real model's, the false alarm also has to point the other way:
-# 0.8 of 31. Differences that are real and missed for lack of data are not in this count.
+# If none of $n$ comparisons had a difference, $n/20$ would still come out as one, half of them on each side: of the 51 verdicts
+# of the bundled model two or three. To be the *opposite* of the real model's, the false alarm also has to point the other way:
+# 1.3 of 51. Differences that are real and missed for lack of data are not in this count.
 # </details>
 #
 # ## Quiz

@@ -29,9 +29,9 @@ WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve".sp
     "thirds": 1 / 3, "quarter": 1 / 4, "an hour": 1}
 NUMBER = re.compile(rf"(?:(?<!\w)[−-])?\d+(?:[.,]\d+)*|\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 NO_PROSE = re.compile(r"```.*?```|`[^`]*`|(?<=\])\([^)]*\)|https?://\S+|(?<!\S)\d+\. (?=\[)|\b[A-Za-z][\w.-]*\d[\w.-]*")
-def lost_of(also):
-    """Right answers of 300 that symmetric GPTQ loses on the real model, with their interval."""
-    change, low, high = carry.answers("recipes")[f"recipes, 4 bits: GPTQ, symmetric{also}"][1]
+def lost_of(recipe):
+    """Right answers of 300 that a recipe loses on the real model, with their interval."""
+    change, low, high = carry.answers("recipes")[f"recipes, 4 bits: {recipe}"][1]
     return [-300 * change, -300 * high, -300 * low]
 
 
@@ -39,8 +39,10 @@ FACTS = {  # what `code` may name: a number, or as many as the phrase has
     "families that are tested": lambda: len({type(config) for config in CONFIGS.values()}),
     "threads of the real model's rows without a GPU": lambda: {key["machine"][2] for key in json.loads(str(np.load(
         RESULTS / "sweep_small_recipes.npz")["about"]))["key"]["keys"] if not key["machine"][3]},
-    "right answers, fitted scales": lambda: [(lost := lost_of(""))[0], 184, *lost[1:]],  # 184: test_two_models.py
-    "right answers, searched scales": lambda: lost_of(", searched scales"),
+    "right answers, fitted scales": lambda: [
+        (lost := lost_of("GPTQ, symmetric"))[0], 184, *lost[1:]],  # 184: test_two_models.py
+    "right answers, searched scales": lambda: lost_of("GPTQ, symmetric, searched scales"),
+    "right answers, AWQ's scales": lambda: lost_of("AWQ's scales, then GPTQ, symmetric, searched scales"),
     "seconds of training": lambda: json.loads((RESULTS / "training_curve.jsonl").read_text().splitlines()[-1])["seconds"],
     "seconds of engines": lambda: sum(c["seconds"] for r in read("portability").data["matrix"].values() for c in r.values()),
     "bits of the datasheet": lambda: map(int, read("datasheet").data["bits"]), "values of NF4": lambda: len(codebook())}

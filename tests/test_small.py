@@ -126,3 +126,12 @@ def test_ours_is_the_toolkits_on_every_linear():
     assert read_by == {"NF4": everyone - {"GPTQModel"}, "GPTQ": everyone, "AWQ": everyone}
     answers = [x for row in told["our files in engines"].values() for x in row.values() if x["loads"]]
     assert len(answers) == 8 and all(x["right"] == x["asked"] == 6 for x in answers)
+
+
+def test_the_hub_comes_first(tmp_path, monkeypatch):
+    """Where a hub can be reached: its original, at the profile's revision, and no package."""
+    asked = []
+    monkeypatch.setattr(fetch, "SMALL", tmp_path / "none")
+    monkeypatch.setattr(fetch, "_unpacked", lambda _: pytest.fail("the package was asked for"))
+    monkeypatch.setattr(fetch, "snapshot_download", lambda name, revision, **_: asked.append((name, revision)) or tmp_path)
+    assert fetch.small() == tmp_path and asked == [(fetch.PROFILE["hub"], fetch.PROFILE["revision"])] and asked[0][1]

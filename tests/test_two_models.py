@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from helpers.harness import carry
@@ -129,6 +130,9 @@ def test_awq_at_3_bits_on_the_real_model():
     assert [round(f(i.estimate for i in scaled)) for f in (min, max)] == [-29, -21] and all(i.high < 0 for i in scaled)
     beside = carry.real("awq", "model: AWQ's scales, then GPTQ", both).values()
     assert [carry.said(i.low, i.high) for i in beside] == ["lower", "no difference", "higher"]
+    searched = [paired(carry.rows("gptq", w)["scales: searched"], carry.rows("awq", w)[both], "answer_kl") for w in REAL]
+    assert [[round(-x, 2) for x in i] for i in searched[:2]] == [[0.12, 0.14, 0.10], [0.07, 0.09, 0.05]]
+    assert not searched[2].excludes_zero()
 
 
 def test_what_calibration_text_is_worth():
@@ -205,6 +209,11 @@ def test_the_aim_on_the_real_model():
             "GPTQ, symmetric, searched scales", "AWQ's scales, then GPTQ, symmetric, searched scales"))
     assert all(0.24 < d < 0.3 for d in default[:2]) and all(f > d for f, d in zip(file, default, strict=True))
     assert carry.panels("recipes")["bundled"]["recipes, 4 bits"]["GPTQ"]["won_back"][0] > 0.6
+    kl = {r: np.array([of[w][r]["kl"][0] for w in REAL]) for r in of["novel"]}
+    less = 1 - kl["GPTQ, desc_act, searched scales"] / kl["GPTQ, symmetric, searched scales"]
+    assert [round(100 * f(less)) for f in (min, max)] == [36, 42]
+    assert all((kl[r] > kl["AWQ"]).all() for r in kl if r.startswith("GPTQ") and "desc_act" not in r)  # README
+    assert of["questions"]["GPTQ, symmetric"]["won_back"][0] < -0.85
     damped = carry.verdicts("recipes").loc["recipes, 4 bits"].loc[["GPTQ, damping 0.1", "GPTQ, damping 0.0001"]]
     assert damped[REAL].eq("higher").all(axis=None) and damped["bundled"].tolist() == ["no difference", "higher"]
 

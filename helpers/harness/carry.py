@@ -72,15 +72,14 @@ def differences(name: str) -> dict[tuple[str, str], dict[str, Interval]]:
     of = {whose: rows(name, whose) for whose in ("bundled", *VOICE_NAMES)}
     panels_: dict[str, list[str]] = {}
     for row in dict.fromkeys([*of["bundled"], *of["novel"]]):
-        panels_.setdefault(row.split(": ", 1)[0], []).append(row.split(": ", 1)[1])
+        panels_.setdefault(row.split(": ", 1)[0], []).append(row)
     panels_.pop("16 bits")
     found = {}
-    for knob, values_ in panels_.items():
-        first = next((v for v in values_ if all(f"{knob}: {v}" in o for o in of.values())), values_[0])
-        for value in (v for v in values_ if v != first):
-            pair = {w: (o[f"{knob}: {value}"], o[f"{knob}: {first}"]) for w, o in of.items()
-                    if f"{knob}: {value}" in o and f"{knob}: {first}" in o}
-            found[knob, value] = {w: share(*both) for w, both in pair.items()}
+    for knob, panel in panels_.items():
+        first = next((row for row in panel if all(row in o for o in of.values())), panel[0])
+        for row in (r for r in panel if r != first):
+            found[knob, row.removeprefix(f"{knob}: ")] = {
+                whose: share(o[row], o[first]) for whose, o in of.items() if row in o and first in o}
     return found
 
 
@@ -117,7 +116,7 @@ def pairs() -> pd.DataFrame:
 METHOD, SETTING, CALIBRATED, MAKER = "one method or another", "a setting", "calibration", "one maker or another"
 HALVES = "beside rounding, 3 bits"
 KNOBS = {"GPTQ beside rounding": METHOD, "AWQ beside GPTQ": METHOD, HALVES: METHOD, "grid at blocks of 64": METHOD,
-         "GPTQ, by whom": MAKER, "AWQ, by whom": MAKER, "as AutoRound": MAKER}
+         "output head": SETTING, "GPTQ, by whom": MAKER, "AWQ, by whom": MAKER, "as AutoRound": MAKER}
 
 
 def kind(knob: str, value: str) -> str:
