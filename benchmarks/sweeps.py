@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.methods import GptqAfterFirst, GptqMedian, GptqOneWay, LargestInputs
 from helpers.files import folder_hash, key_hash
-from helpers.harness.carry import of_kind, right
+from helpers.harness.carry import UNQUANTIZED, of_kind, right
 from helpers.harness.compare import Quality
 from helpers.harness.variants import Original, Simulation, ToolkitArtefact, Variant, loaded
 from helpers.measure.stats import ratio_interval
@@ -314,8 +314,11 @@ class Sweep:
         there = measured_before(paths)
         keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws if made(v)]
                 for p in self.panels()}
-        cells = {name: [there[k] for k in of if k in there] for name, of in keys.items()}
-        return bundle({name: draws for name, draws in cells.items() if draws}, KEPT, SHARED)
+        cells = {name: draws for name, of in keys.items() if (draws := [there[k] for k in of if k in there])}
+        if UNQUANTIZED not in cells:
+            raise ValueError(f"{self.record}: no cell of 16 bits on these texts among {', '.join(map(str, paths))}: name the "
+                             "folder or the bundle that has it")
+        return bundle(cells, KEPT, SHARED)
 
 
 def made(variant: Variant) -> bool:
@@ -384,7 +387,7 @@ def work(sweeps: Sequence[Sweep], part: int, parts: int, draws: int, minutes: fl
 def derive(cell: Cell, draws: int = 4) -> dict[str, Any]:
     """{sweep: {value: measures with intervals}} from what `measure` found."""
     results = {name: arrays | {"tokens": arrays["answer_tokens"]} for name, arrays in unbundle(cell).items()}
-    full = results.pop("16 bits: 16 bits")
+    full = results.pop(UNQUANTIZED)
     return {"questions": len(full["id"]), "draws": draws, "exact_16_bits": float(full["exact"].mean()),
             "sweeps": panels_of(results, full)} | machines_of(cell)
 
@@ -401,7 +404,7 @@ def by_domain(cell: Cell, draws: int) -> dict[str, Any]:
     results, told = unbundle(cell), {}
     for domain in (*VOICES, "questions"):
         of = {name: of_kind(arrays | {"tokens": arrays["answer_tokens"]}, domain) for name, arrays in results.items()}
-        full = of.pop("16 bits: 16 bits")
+        full = of.pop(UNQUANTIZED)
         told[domain] = {"texts": len(full["id"]), "tokens": int(full["tokens"].sum()), "sweeps": panels_of(of, full)}
     right = {name: answered(arrays) for name, arrays in results.items()} if any(" or " in i for i in full["id"]) else {}
     return {"draws": draws, "domains": told, "answered": right} | machines_of(cell)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from benchmarks.sweeps import KEPT, SHARED, SUBJECTS, Panel, measured_before, what_was_asked, work
+from benchmarks.sweeps import KEPT, SHARED, SUBJECTS, Panel, Sweep, measured_before, what_was_asked, work
 from helpers.store import Cell, bundle
 
 
@@ -81,6 +81,11 @@ def test_one_that_fails_is_named_and_the_rest_goes_on(capsys):
     work([sweep], 0, 1, 9, 1e9)
     told = capsys.readouterr().err
     assert sweep.made == ["good"] and "bad failed" in told and "knob: unmade failed" in told
+
+
+def test_a_record_without_16_bits_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ValueError, match="sweep_raised: no cell of 16 bits"):
+        Sweep("raised", SUBJECTS["bundled"]).found([tmp_path])
 
 
 @pytest.mark.parametrize("name", ["tuned", "remedies", "gptq"])

@@ -198,6 +198,13 @@ def test_right_answers_of_the_real_model():
     assert len(searched) == 6 + 1 and sorted(round(x[0]) for x in searched.values() if x[2] > 0) == [12, 13, 16, 16]
 
 
+def test_rounding_on_the_real_model():
+    """Chapter 1: what 4 bits in groups of 64 cost there."""
+    rows = [carry.panels("recipes")[w]["recipes, 4 bits"]["rounding"] for w in REAL]
+    assert [round(f(r["kl"][0] for r in rows), 2) for f in (min, max)] == [0.24, 0.33]
+    assert all(r["delta_nll"][1] > 0 for r in rows)
+
+
 def test_the_aim_on_the_real_model():
     """60 % of the loss that rounding costs won back at 4 bits: one recipe, on the speeches with an interval from below it."""
     of = {w: carry.panels("recipes")[w]["recipes, 4 bits"] for w in REAL}
