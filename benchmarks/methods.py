@@ -9,7 +9,6 @@ from helpers.methods.gptq import Gptq
 from helpers.methods.rtn import Rtn
 from helpers.models.method import Gram, Notes
 from helpers.quantizers.affine import Quantized
-from helpers.quantizers.gptq import gptq
 
 
 class Mixed(NamedTuple):
@@ -69,9 +68,7 @@ class GptqMedian(Gptq):
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
         diagonal = kept.H.diagonal()
-        damp = self.damp_percent * float(diagonal.median() / diagonal.mean())
-        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, damp, self.search)
-        return found.quantized, {"damp_percent": found.damp_percent}
+        return super().solve(W, kept, damp_percent=self.damp_percent * float(diagonal.median() / diagonal.mean()))
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,4 @@ class GptqOneWay(Gptq):
     name: ClassVar[str] = "gptq, scales above zero"
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
-        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent, self.search,
-                     negative=False)
-        return found.quantized, {"damp_percent": found.damp_percent}
+        return super().solve(W, kept, negative=False)

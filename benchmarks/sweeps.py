@@ -137,18 +137,21 @@ def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by wh
 
 def makers_panels(s: Subject) -> Iterator[Panel]:
     """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large: symmetric grids."""
-    yield from by_whom(s, Gptq(4, s.group, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
+    pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group, act_group_aware=False)
+    yield from by_whom(s, replace(best, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
     yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom")
-    pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group)
+    aware, scaled = replace(best, act_group_aware=True), AwqGptq(4, s.group, act_group_aware=False)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
-    one_way = GptqOneWay(4, s.group)
-    for value, method in {"GPTQ": best, "GPTQ, desc_act": replace(best, desc_act=True),
+    one_way = GptqOneWay(4, s.group, act_group_aware=False)
+    learned = GptqSignRound(4, s.group, act_group_aware=False)
+    for value, method in {"GPTQ": best, "GPTQ, group aware": aware, "GPTQ, desc_act": replace(best, desc_act=True),
                           "GPTQ, scales above zero": one_way,
                           "GPTQ, desc_act, scales above zero": replace(one_way, desc_act=True),
-                          "AWQ's scales, then GPTQ": AwqGptq(4, s.group),
-                          "AWQ's scales, then GPTQ, desc_act": AwqGptq(4, s.group, desc_act=True),
-                          "GPTQ, then SignRound": GptqSignRound(4, s.group),
-                          "GPTQ, desc_act, then SignRound": GptqSignRound(4, s.group, desc_act=True)}.items():
+                          "AWQ's scales, then GPTQ": scaled,
+                          "AWQ's scales, then GPTQ, group aware": replace(scaled, act_group_aware=True),
+                          "AWQ's scales, then GPTQ, desc_act": replace(scaled, desc_act=True),
+                          "GPTQ, then SignRound": learned,
+                          "GPTQ, desc_act, then SignRound": replace(learned, desc_act=True)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 
@@ -170,7 +173,7 @@ def nf4_panels(s: Subject) -> Iterator[Panel]:
 
 def gptq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, where there is something to lose, except where bits are swept."""
-    plain, pool = Gptq(3, s.group, sym=False, search=False), s.tokens()
+    plain, pool = Gptq(3, s.group, sym=False, search=False, act_group_aware=False), s.tokens()
     for bits in (2, 3, 4, 8):
         yield Panel("bits", f"rounding, {bits}", s.drawn(Rtn(bits, s.group, sym=False)))
         yield Panel("bits", f"GPTQ, {bits}", s.drawn(replace(plain, bits=bits), pool))
@@ -186,6 +189,7 @@ def gptq_panels(s: Subject) -> Iterator[Panel]:
     for damp in (0.01, 1e-4, 0.1, 0.5):
         yield Panel("damping", f"{damp:g}", s.drawn(replace(plain, damp_percent=damp), pool))
     yield Panel("order of columns", "as they are", s.drawn(plain, pool))
+    yield Panel("order of columns", "group aware", s.drawn(replace(plain, act_group_aware=True), pool))
     yield Panel("order of columns", "desc_act", s.drawn(replace(plain, desc_act=True), pool))
     yield Panel("scales", "fitted to the range", s.drawn(plain, pool))
     yield Panel("scales", "searched", s.drawn(replace(plain, search=True), pool))
@@ -194,19 +198,18 @@ def gptq_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("calibrated on", "quantized predecessors", s.drawn(plain, pool))
     yield Panel("calibrated on", "same block unquantized", s.drawn(Plan(plain, inputs="block"), pool))
     if s.name == "bundled":  # of which such files are committed
-        yield from by_whom(s, Gptq(search=False), "autogptq-gptq", "gptqmodel-gptq")
+        yield from by_whom(s, Gptq(search=False, act_group_aware=False), "autogptq-gptq", "gptqmodel-gptq")
 
 
 def best_panels(s: Subject) -> Iterator[Panel]:
     """What GPTQ and its extras win back of what rounding loses: small differences, so all questions and all windows."""
     pool = s.tokens()
     for bits in (3, 4):
+        plain = Gptq(bits, s.group, sym=False, search=False, act_group_aware=False)
         for value, method in {
-                "GPTQ": Gptq(bits, s.group, sym=False, search=False),
-                "searched scales": Gptq(bits, s.group, sym=False, search=True),
-                "searched scales, desc_act, damping 0.1": Gptq(bits, s.group, sym=False, search=True, desc_act=True,
-                                                               damp_percent=0.1),
-                "AWQ before, searched scales": AwqGptq(bits, s.group, sym=False, search=True)}.items():
+                "GPTQ": plain, "searched scales": replace(plain, search=True),
+                "searched scales, desc_act, damping 0.1": replace(plain, search=True, desc_act=True, damp_percent=0.1),
+                "AWQ before, searched scales": AwqGptq(bits, s.group, sym=False, act_group_aware=False)}.items():
             yield Panel(f"{bits} bits", value, s.drawn(method, pool, len(pool)))
         yield Panel(f"{bits} bits", "rounding", s.drawn(Rtn(bits, s.group, sym=False)))
 
@@ -215,28 +218,33 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
     """What a reader may choose between, at equal bits and groups."""
     pool = s.tokens()
     for bits in (4, 3):
-        plain = Gptq(bits, s.group, sym=False, search=False)
-        symmetric, scaled = replace(plain, sym=True), AwqGptq(bits, s.group, sym=False, search=True)
+        plain = Gptq(bits, s.group, sym=False, search=False, act_group_aware=False)
+        symmetric, scaled = replace(plain, sym=True), AwqGptq(bits, s.group, sym=False, act_group_aware=False)
+        aware = {"act_group_aware": True, "search": True}
         recipes: dict[str, Method] = {
             "GPTQ": plain, "rounding": Rtn(bits, s.group, sym=False), "rounding, symmetric": Rtn(bits, s.group),
             "GPTQ, symmetric": symmetric, "GPTQ, damping 0.0001": replace(plain, damp_percent=1e-4),
             "GPTQ, damping 0.000001": replace(plain, damp_percent=1e-6),
             "GPTQ, damping 0.1": replace(plain, damp_percent=0.1), "GPTQ, desc_act": replace(plain, desc_act=True),
-            "GPTQ, searched scales": replace(plain, search=True),
+            "GPTQ, group aware": replace(plain, act_group_aware=True), "GPTQ, searched scales": replace(plain, search=True),
+            "GPTQ, group aware, searched scales": replace(plain, **aware),
             "GPTQ, desc_act, searched scales": replace(plain, desc_act=True, search=True), "AWQ": Awq(bits, s.group),
             "AWQ's scales, then GPTQ": replace(scaled, search=False), "AWQ's scales, then GPTQ, searched scales": scaled,
+            "AWQ's scales, then GPTQ, group aware, searched scales": replace(scaled, **aware),
             "AWQ's scales, then GPTQ, desc_act, searched scales": replace(scaled, desc_act=True)}
         if bits == 4:  # symmetric grids are what the fastest kernels, and vLLM on a CPU, read
             recipes |= {"NF4": Nf4(), "GPTQ, symmetric, searched scales": replace(symmetric, search=True),
+                        "GPTQ, symmetric, group aware, searched scales": replace(symmetric, **aware),
                         "GPTQ, symmetric, desc_act, searched scales": replace(symmetric, desc_act=True, search=True),
-                        "AWQ's scales, then GPTQ, symmetric, searched scales": replace(scaled, sym=True)}
+                        "AWQ's scales, then GPTQ, symmetric, searched scales": replace(scaled, sym=True),
+                        "AWQ's scales, then GPTQ, symmetric, group aware, searched scales": replace(scaled, sym=True, **aware)}
         for value, method in recipes.items():
             yield Panel(f"recipes, {bits} bits", value, s.drawn(method, pool if method.keeps else (), len(pool)))
 
 
 def remedy_panels(s: Subject) -> Iterator[Panel]:
     """What helps GPTQ where a few channels and the first token are loud."""
-    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False, "search": False}
+    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False, "search": False, "act_group_aware": False}
     gptq, first = Gptq(**plain), GptqAfterFirst(**plain)
     remedies: dict[str, Plan | Method] = {
         "GPTQ": gptq, "first tokens left out": first, "damping by the median": GptqMedian(**plain),
@@ -251,7 +259,7 @@ def remedy_panels(s: Subject) -> Iterator[Panel]:
 
 def raised_panels(s: Subject) -> Iterator[Panel]:
     """3 bits, and one kind of linear in 8: is what the map of the layers says (chapter 7) true of the whole model?"""
-    plain, pool = Gptq(3, s.group), s.tokens()
+    plain, pool = Gptq(3, s.group, act_group_aware=False), s.tokens()
     yield Panel("3 bits, in 8 bits", "none", s.drawn(plain, pool, len(pool)))
     for kind in ("v_proj", "o_proj", "q_proj", "down_proj"):
         yield Panel("3 bits, in 8 bits", kind, s.drawn(Plan(plain, ((rf"{kind}$", replace(plain, bits=8)),)), pool, len(pool)))
@@ -261,7 +269,8 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
     pool = s.tokens()
     for name, base in (("model", s.base), ("with outlier channels", s.loud)):
-        gptq, scaled = (s.drawn(method(3, s.group, sym=False, search=False), pool, base=base) for method in (Gptq, AwqGptq))
+        gptq, scaled = (s.drawn(method(3, s.group, sym=False, search=False, act_group_aware=False), pool, base=base)
+                        for method in (Gptq, AwqGptq))
         yield Panel(name, "rounding", s.drawn(Rtn(3, s.group, sym=False), base=base))
         kept = Plan(LargestInputs(3, s.group, sym=False), inputs="model")
         yield Panel(name, "rounding, 4 channels in 16 bits", [Simulation(str(kept), kept, pool[:WINDOWS], base)])

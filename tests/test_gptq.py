@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.quantizers.affine import GroupSizeError, decibel, fit_qparams, on_grid, output_error, search_qparams
-from helpers.quantizers.gptq import HessianError, damped, feedback_factor, gptq, gptq_columns, targets
+from helpers.quantizers.gptq import HessianError, damped, feedback_factor, gptq, gptq_columns, rounding_order, targets
 
 
 def problem(rows=48, width=256, seed=0):
@@ -35,8 +35,8 @@ def test_one_column_by_hand():
     assert F[1, 0] == 0.5 and torch.equal(F.diagonal(), torch.ones(4))
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"desc_act": True}, {"sym": False}, {"bits": 3},
-                                     {"group_size": 256, "block_size": 256}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"desc_act": True}, {"act_group_aware": True}, {"sym": False},
+                                     {"bits": 3}, {"group_size": 256, "block_size": 256}], ids=str)
 def test_both_forms_are_one_algorithm(options):
     W, H = problem(width=512)
     options = dict(options)
@@ -87,13 +87,14 @@ def test_negative_scales_lower_the_error_of_gptq():
     assert torch.equal(stored.grid.scale, either.quantized.grid.scale.half().float())
 
 
-@pytest.mark.parametrize("options", [{}, {"desc_act": True, "search": True}, {"sym": False, "bits": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"desc_act": True, "search": True}, {"act_group_aware": True},
+                                     {"sym": False, "bits": 3}], ids=str)
 def test_targets_are_what_was_rounded(options):
     """Recomputed from the errors alone: within half a step of each code, though the weight itself often is not."""
     W, H = problem()
     found = gptq(W, H, **options)
     q = found.quantized
-    steps = targets(W, H, found, options.get("desc_act", False))
+    steps = targets(W, H, found, rounding_order(H, 128, options.get("desc_act", False), options.get("act_group_aware", False)))
     assert torch.equal(steps.round(), q.codes)
     own = W / q.grid.scale[:, q.g_idx] + q.grid.zero_point[:, q.g_idx]
     inside = [((x - q.codes).abs() < 0.499).float().mean() for x in (steps, own)]
@@ -172,3 +173,30 @@ def test_desc_act_begins_with_the_largest_inputs(solve):
     found = solve(torch.randn(8, 64), X.T @ X, group_size=32, desc_act=True).quantized
     first = (found.g_idx == 0).nonzero().squeeze(1)
     assert set(first.tolist()) == set(X.square().sum(0).topk(32).indices.tolist())
+
+
+def test_group_aware_order_by_hand():
+    H = torch.diag(torch.tensor([1.0, 2, 3, 9, 0, 5, 4, 4]))
+    assert rounding_order(H, 2, act_group_aware=True).tolist() == [3, 2, 5, 4, 6, 7, 1, 0]
+    assert rounding_order(H, 4, act_group_aware=True).tolist() == [3, 2, 1, 0, 5, 6, 7, 4]
+    both = (rounding_order(H, -1, act_group_aware=True), rounding_order(H, -1, desc_act=True))
+    assert H.diagonal()[both[0]].tolist() == H.diagonal()[both[1]].tolist()
+
+
+@pytest.mark.parametrize("solve", [gptq, gptq_columns])
+def test_group_aware_order_leaves_groups_where_they_are(solve):
+    """The columns permuted beforehand, rounded in the order as they are, and put back: the same, and each group in its place."""
+    W, H = problem()
+    found = solve(W, H, group_size=32, act_group_aware=True).quantized
+    order = rounding_order(H, 32, act_group_aware=True)
+    plain = solve(W[:, order], H[order][:, order], group_size=32).quantized
+    assert torch.equal(found.dequantize()[:, order], plain.dequantize())
+    assert torch.equal(found.g_idx, torch.arange(256) // 32)
+
+
+def test_group_aware_order_is_gptqmodels():
+    gar = pytest.importorskip("gptqmodel.quantization.gar")
+    H = problem()[1]
+    inside, size = gar.compute_local_perms(H.diagonal(), 32, return_values=True)
+    theirs = gar.compose_final_perm(inside, gar.compute_global_perm(H.diagonal(), 32, precomputed_values=size), 32)
+    assert torch.equal(rounding_order(H, 32, act_group_aware=True), theirs)

@@ -1,7 +1,7 @@
 """GPTQ: rounding with error feedback through the Gram matrix of a linear's inputs."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -9,6 +9,8 @@ from helpers.methods.rtn import Rtn
 from helpers.models.method import Gram, Notes, PlanError
 from helpers.quantizers.affine import Quantized
 from helpers.quantizers.gptq import gptq
+
+SETTINGS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "search")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Gptq(Rtn):
     calibrated: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     desc_act: bool = field(default=False, metadata={"help": "columns of the largest inputs first (chapter 5)"})
+    act_group_aware: bool = field(default=False, metadata={
+        "help": "the same with every group whole, for a file like any other; without effect beside desc_act (chapter 5)"})
     damp_percent: float = field(default=0.01, metadata={"help": "damping, as a share of the mean diagonal (chapter 5)"})
     search: bool = field(default=True, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
 
@@ -28,6 +32,6 @@ class Gptq(Rtn):
         if not 0 <= self.damp_percent <= 1:
             raise PlanError(f"damp_percent: expected a share from 0 to 1 of the mean diagonal, got {self.damp_percent}")
 
-    def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
-        found = gptq(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent, self.search)
+    def solve(self, W: Tensor, kept: Gram, **instead: Any) -> tuple[Quantized, Notes]:
+        found = gptq(W, kept.H, **{k: getattr(self, k) for k in SETTINGS} | instead)
         return found.quantized, {"damp_percent": found.damp_percent}

@@ -18,7 +18,7 @@ from helpers.models.layers import Fold
 from helpers.models.method import Notes, PlanError
 from helpers.models.walk import Step
 from helpers.quantizers.affine import Quantized, decibel, output_error
-from helpers.quantizers.gptq import Solution, targets
+from helpers.quantizers.gptq import Solution, rounding_order, targets
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class GptqSignRound(Gptq):
         for n in mine:
             W, H = step.block.get_submodule(n).weight, kept[n].H
             start[n], notes[n] = super().solve(W, kept[n])
-            points[n] = targets(W, H, Solution(start[n], **notes[n]), self.desc_act)
+            order = rounding_order(H, self.group_size, self.desc_act, self.act_group_aware)
+            points[n] = targets(W, H, Solution(start[n], **notes[n]), order)
         descend(step, start, points, self.steps)
         for n, q in start.items():
             W, H = step.block.get_submodule(n).weight.float(), kept[n].H

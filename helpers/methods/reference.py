@@ -41,10 +41,12 @@ class AutoGptq(Gptq):
     keeps: ClassVar[type[Gram]] = AutoGptqGram
     stacks: ClassVar[bool] = False
     at_once: ClassVar[int] = 1
-    search: bool = False  # it has none
+    act_group_aware: bool = False  # GPTQModel has it
+    search: bool = False  # neither has
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
-        found = gptq_columns(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent)
+        found = gptq_columns(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent,
+                             act_group_aware=self.act_group_aware)
         return found.quantized, {"damp_percent": found.damp_percent}
 
 

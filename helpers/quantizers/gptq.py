@@ -11,7 +11,7 @@ columns after column k moved by e is -e / [H^-1]_kk [H^-1]_k,: (eq. 2 of the pap
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.quantizers.affine import QParams, Quantized, check, fit_qparams, quantize, search_qparams
@@ -60,21 +60,34 @@ def _factorise(H: Tensor, damp_percent: float, factor) -> tuple[Tensor, Tensor, 
         damp_percent = min(1.0, max(10 * damp_percent, 1e-4))
 
 
-def _order(H: Tensor, desc_act: bool) -> Tensor:
-    """The order in which columns are rounded: as they are, or those with the largest inputs first (desc_act)."""
-    return torch.argsort(torch.diag(H), descending=True) if desc_act else torch.arange(len(H), device=H.device)
+def rounding_order(H: Float[Tensor, "n n"], group_size: int = -1, desc_act: bool = False, act_group_aware: bool = False
+                   ) -> Int[Tensor, " n"]:
+    """The order in which columns are rounded: as they are; those with the largest inputs first (desc_act); or so inside of
+    each group, and the groups likewise, by their largest (group aware: Gafni et al. 2025, arXiv 2505.14638)."""
+    size = torch.diag(H)
+    if desc_act:
+        return torch.argsort(size, descending=True)
+    order = torch.arange(len(H), device=H.device)
+    if act_group_aware:
+        size, inside = size.view(-1, len(H) if group_size == -1 else group_size).sort(1, descending=True)
+        order = order.view_as(inside).gather(1, inside)[size[:, 0].argsort(descending=True, stable=True)].flatten()
+    return order
 
 
 def _assemble(codes: Tensor, scales: list[Tensor], zeros: list[Tensor], qmax: int, group_size: int, order: Tensor) -> Quantized:
-    """Codes [out, in] in the order of rounding, back in the order of the weight."""
+    """Codes [out, in] in the order of rounding, back in the order of the weight; so are the groups, if each is whole."""
     back = torch.argsort(order)
-    g_idx = torch.arange(codes.shape[1], device=codes.device) // group_size
-    return Quantized(codes[:, back], QParams(torch.cat(scales, 1), torch.cat(zeros, 1), qmax), g_idx[back])
+    g_idx = (torch.arange(codes.shape[1], device=codes.device) // group_size)[back]
+    scale, zero, groups = torch.cat(scales, 1), torch.cat(zeros, 1), g_idx.view(-1, group_size)
+    if (groups == groups[:, :1]).all():
+        scale, zero, g_idx = scale[:, groups[:, 0]], zero[:, groups[:, 0]], g_idx.sort().values
+    return Quantized(codes[:, back], QParams(scale, zero, qmax), g_idx)
 
 
 @torch.no_grad()
 def gptq_columns(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4, group_size: int = 128,
-                 sym: bool = True, desc_act: bool = False, damp_percent: float = 0.01, block_size: int = 128) -> Solution:
+                 sym: bool = True, desc_act: bool = False, damp_percent: float = 0.01, block_size: int = 128,
+                 act_group_aware: bool = False) -> Solution:
     """Algorithm 1 of the paper, in the arithmetic of auto-gptq, its stale scales included.
 
     Groups smaller than a block take their scale from weights that do not yet carry the corrections from inside the block.
@@ -82,12 +95,12 @@ def gptq_columns(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits:
     """
     whole = fit_qparams(W, bits, group_size, sym)  # checks W; the grid itself where one group is the whole row
     group_size = W.shape[1] if group_size == -1 else group_size
-    order = _order(H, desc_act)
+    order = rounding_order(H, group_size, desc_act, act_group_aware)
 
     def inverse_factor(A: Tensor) -> Tensor:  # U upper triangular with H^-1 = U^T U
         return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(A)), upper=True)
 
-    if desc_act:  # else not even a copy: its layout in memory decides the last bits of the factorisation
+    if desc_act or act_group_aware:  # else not even a copy: its layout in memory decides the last bits of the factorisation
         W, H = W[:, order], H[order][:, order]
     U, dead, damp_percent = _factorise(H, damp_percent, inverse_factor)
     W = W.float().masked_fill(dead, 0)
@@ -123,7 +136,8 @@ def feedback_factor(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 @torch.no_grad()
 def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4, group_size: int = 128, sym: bool = True,
-         desc_act: bool = False, damp_percent: float = 0.01, search: bool = False, negative: bool = True) -> Solution:
+         desc_act: bool = False, damp_percent: float = 0.01, search: bool = False, negative: bool = True,
+         act_group_aware: bool = False) -> Solution:
     """Rounding with error feedback: minimises tr(dW H dW^T) greedily, column by column.
 
     A group's grid is fitted when its first column is reached, from weights that carry all corrections so far. With
@@ -131,8 +145,8 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
     grids among `negative` ones too. Linears that share H can be stacked along `out`. Raises GroupSizeError and HessianError.
     """
     width, qmax, group_size = W.shape[1], 2**bits - 1, check(W, bits, group_size)
-    order = _order(H, desc_act)
-    H = H[order][:, order] if desc_act else H
+    order = rounding_order(H, group_size, desc_act, act_group_aware)
+    H = H[order][:, order] if desc_act or act_group_aware else H
     F, dead, damp_percent = _factorise(H, damp_percent, feedback_factor)
     # one row for each column of W, so that what a step reads and writes is contiguous
     Wt = W.float().T[order].masked_fill(dead[:, None], 0).contiguous()
@@ -161,11 +175,11 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
     return Solution(_assemble(codes.T.to(torch.int32), scales, zeros, qmax, group_size, order), damp_percent)
 
 
-def targets(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], found: Solution, desc_act: bool
+def targets(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], found: Solution, order: Int[Tensor, " in_"]
             ) -> Float[Tensor, "out in_"]:
     """What each weight was when it was rounded, with the errors of the columns before it taken over: in steps of the grid, and
     within the half step around its code (beyond the ends of the grid it was farther)."""
-    q, order = found.quantized, _order(H, desc_act)
+    q = found.quantized
     F, _, _ = _factorise(H[order][:, order], found.damp_percent, feedback_factor)
     W_hat = q.dequantize()
     carried = ((W.float() - W_hat)[:, order] @ F.T)[:, torch.argsort(order)]
