@@ -169,7 +169,7 @@ def test_a_run_that_is_killed_goes_on_and_leaves_a_report(tmp_path):
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until, known = time.time() + 300, set(CELLS.glob("*.npz"))
         while time.time() < until and len(cells_of(model, known)) < 4:
-            time.sleep(0.01)
+            time.sleep(0.2)  # every look reads all cells
         process.send_signal(signal.SIGKILL)
         process.wait()
         finished = cells_of(model)

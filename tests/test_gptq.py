@@ -185,7 +185,7 @@ def test_group_aware_order_by_hand():
 
 @pytest.mark.parametrize("solve", [gptq, gptq_columns])
 def test_group_aware_order_leaves_groups_where_they_are(solve):
-    """The columns permuted beforehand, rounded in the order as they are, and put back: the same, and each group in its place."""
+    """The columns permuted beforehand, rounded as they are, and put back: the same, and each group in its place."""
     W, H = problem()
     found = solve(W, H, group_size=32, act_group_aware=True).quantized
     order = rounding_order(H, 32, act_group_aware=True)

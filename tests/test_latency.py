@@ -59,6 +59,7 @@ def test_tokens_are_those_of_generate(tiny):
     assert torch.equal(ours, theirs[:, 12:])
 
 
+@pytest.mark.flaky(reruns=2)  # a busy machine lengthens times
 def test_times_of_a_known_wait(tiny):
     there = generate_timed(slow(tiny, 20), torch.arange(5, 45)[None], 5)
     assert there.shape == (5,) and there[0] >= 0.06 and (np.diff(there) >= 0.021).all()
@@ -91,6 +92,7 @@ def test_prompts_are_checked(tiny, prompts):
         interleaved({"a": tiny}, prompts, 2)
 
 
+@pytest.mark.flaky(reruns=2)  # a busy machine lengthens times
 def test_throughput_counts_all_sequences_and_not_the_prefill(tiny):
     model = slow(tiny, 20)
     found = throughput(model, [1, 4], [8, 100], 5, repeats=1)

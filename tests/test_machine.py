@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +35,7 @@ class Reader(nn.Module):
         return sum(self.weight.dot(self.weight) for _ in range(self.times))
 
 
+@pytest.mark.flaky(reruns=2)  # a busy machine lengthens times
 def test_the_share_is_that_of_a_plain_read():
     """What reads the same bytes four times has about a quarter of the share."""
     once, often = (share_of_bandwidth(Reader(times), 8, SIZE, size=SIZE, repeats=9) for times in (1, 4))
