@@ -342,11 +342,12 @@ def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:
 
 
 def what_was_asked(key: Mapping[str, Any]) -> str:
-    """A cell's key without the circumstances: code, versions (a config says which one of transformers wrote it), machine."""
+    """A cell's key without the circumstances: code, versions (a config says which one of transformers wrote it), machine, how many
+    tokens went through at once."""
     def bare(part: Any) -> Any:
         return {k: bare(v) for k, v in part.items() if k != "config"} if isinstance(part, Mapping) else part
 
-    return key_hash({k: bare(key.get(k)) for k in ("measure", "items", "batch_tokens", "reference", "variant")})
+    return key_hash({k: bare(key.get(k)) for k in ("measure", "items", "reference", "variant")})
 
 
 @dataclass
