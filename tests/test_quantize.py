@@ -127,7 +127,7 @@ def test_folded_scales_change_nothing_but_the_rounding(model, method):
     assert outcome.tokens == COUNT
 
 
-METHODS = [Rtn(group_size=32), Rtn(3, 64, sym=False), Rtn(8, -1), Gptq(group_size=32), Gptq(3, 64, desc_act=True, search=True),
+METHODS = [Rtn(group_size=32), Rtn(3, 64, sym=False), Rtn(8, -1), Gptq(group_size=32, act_group_aware=True), Gptq(3, 64, desc_act=True, search=True),
            Awq(group_size=32), Awq(8, 64), AwqGptq(group_size=32, sym=False), GptqSignRound(3, 32, steps=15),
            Nf4(), RowInt8()]
 
