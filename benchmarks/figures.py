@@ -11,7 +11,7 @@ from helpers.models.source import DATA
 
 SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": "GPTQ, the toolkits'",
          "GPTQ, symmetric, searched scales": "GPTQ, our default",
-         "AWQ's scales, then GPTQ, symmetric, searched scales": "awq+gptq (for vLLM)",
+         "GPTQ, symmetric, group aware, searched scales": "GPTQ, group aware\n(for vLLM)",
          "GPTQ, desc_act, searched scales": "GPTQ, asymmetric,\ndesc_act",
          "AWQ's scales, then GPTQ, desc_act, searched scales": "awq+gptq, asymmetric,\ndesc_act"}
 
