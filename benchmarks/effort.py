@@ -24,7 +24,7 @@ from benchmarks.speed import LARGER, random_model
 from helpers.files import code_hash, folder_hash, key_hash, write_atomically
 from helpers.measure.memory import alone
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.nf4 import Nf4
 from helpers.models.checkpoint import quantize_to
 from helpers.models.source import BUNDLED, load, shell
@@ -37,7 +37,7 @@ from helpers.toolkits.process import ORIGINALS, ROOT, Job, run
 PARTIAL, LENGTH = ROOT / ".cache" / "effort", 128  # runs and files so far, removed when the record is written; tokens a window
 TOOLKITS = ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq")
 ANSWER = ("16 bits", "bitsandbytes-nf4", "file-nf4", "file-gptq", "file-awq")  # the files are ours, the loaders transformers'
-METHODS = {"nf4": Nf4(), "gptq": Gptq(search=False), "awq": Awq()}  # as the toolkits do them
+METHODS = {"nf4": Nf4(), "gptq": Gptq(**PLAIN), "awq": Awq()}  # as the toolkits do them
 SIDES = ("ours-nf4", "ours-gptq", "ours-awq", *TOOLKITS, *ANSWER)
 PAIRS = {"ours": ("ours", "ours"), "GPTQModel": ("gptqmodel", "gptqmodel"), "archived": ("autogptq", "autoawq")}
 PARTS = {"gram": "models.method.Gram.add", "factor": "quantizers.gptq.feedback_factor", "solve": "methods.gptq.gptq",

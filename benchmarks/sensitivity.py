@@ -31,7 +31,7 @@ from helpers.measure.sensitivity import alone
 from helpers.measure.stats import ratio_interval
 from helpers.measure.tasks import Item, encode, examples
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.rtn import Rtn
@@ -45,7 +45,7 @@ from helpers.store import Store, bundle
 from helpers.toolkits.artefacts import CALIBRATION
 
 TUNE, JUDGE, DRAWS = 30, 40, 2  # questions a task; quantizations of each plan
-MAP = (Rtn(4), Rtn(3), Rtn(2), *(Gptq(b, search=False) for b in (4, 3, 2)), Awq(4), Awq(3), Awq(2), Nf4())
+MAP = (Rtn(4), Rtn(3), Rtn(2), *(Gptq(b, **PLAIN) for b in (4, 3, 2)), Awq(4), Awq(3), Awq(2), Nf4())
 BUDGETS = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0)  # bits a weight, as files count them
 BASE = Gptq()
 KEPT = ("answer_nll", "answer_kl", "exact")

@@ -20,7 +20,7 @@ from helpers.files import folder_hash
 from helpers.measure.bytes import quantizing_bytes
 from helpers.measure.memory import alone, forget_most, held, most_held
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.reference import Inputs
 from helpers.methods.rtn import Rtn
 from helpers.models.checkpoint import format_for, quantize_to
@@ -150,7 +150,7 @@ def ours_end_to_end(folder: Path, plan: Plan, tokens) -> float:
 
 def end_to_end(sizes: dict[str, Path], gptq_tokens, awq_tokens, repeats: int) -> dict:
     """Whole models, ours and each toolkit in turn; a toolkit's time is its quantize call alone, in its own process."""
-    cases = {"GPTQ": (Plan(Gptq(search=False)), gptq_tokens,
+    cases = {"GPTQ": (Plan(Gptq(**PLAIN)), gptq_tokens,
                       {"auto-gptq": ("autogptq", "gptq", True), "GPTQModel": ("gptqmodel", "gptq", False)}),
              "AWQ": (Plan(Awq()), awq_tokens,
                      {"autoawq": ("autoawq", "awq", True), "GPTQModel": ("gptqmodel", "awq", False)})}
@@ -185,10 +185,10 @@ def passes(sizes: dict[str, Path], tokens) -> dict:
     found = {}
     for name, folder in sizes.items():
         def held(folder=folder):
-            return quantize_model(load(str(folder)).model, Gptq(search=False), tokens)
+            return quantize_model(load(str(folder)).model, Gptq(**PLAIN), tokens)
 
         def block(folder=folder):
-            return quantize_model(load(str(folder)).model, Plan(Gptq(search=False), inputs="block"), tokens)
+            return quantize_model(load(str(folder)).model, Plan(Gptq(**PLAIN), inputs="block"), tokens)
 
         found[f"GPTQ, whole model, {name}"] = in_turn({"ours": held, "again for each group": lambda folder=folder: again(
             folder, tokens), "block by block": block}, 3)
@@ -196,7 +196,7 @@ def passes(sizes: dict[str, Path], tokens) -> dict:
 
 
 def again(folder: Path, tokens) -> dict[str, Quantized]:
-    """The codes of `Gptq(search=False)` with the block run again, from its start, for each group of its linears."""
+    """The codes of `Gptq(**PLAIN)` with the block run again, from its start, for each group of its linears."""
     model, codes = load(str(folder)).model, {}
     for step in walk(model, tokens):
         for group in step.layout.groups:
@@ -210,7 +210,7 @@ def again(folder: Path, tokens) -> dict[str, Quantized]:
 
 def peak_memory(folder: Path, tokens) -> dict:
     """In a process of its own: the most memory it ever held, less what it held before, against `quantizing_bytes`."""
-    terms = quantizing_bytes(LlamaConfig.from_pretrained(folder), Gptq(search=False), sum(map(len, tokens)))
+    terms = quantizing_bytes(LlamaConfig.from_pretrained(folder), Gptq(**PLAIN), sum(map(len, tokens)))
     with tempfile.TemporaryDirectory() as scratch:
         found = alone(memory_job, folder, Path(scratch), tokens)
     return found | {"formula": terms, "ratio": found["bytes"] / sum(terms.values()), "tokens": sum(map(len, tokens)),
@@ -218,9 +218,9 @@ def peak_memory(folder: Path, tokens) -> dict:
 
 
 def memory_job(folder: Path, scratch: Path, tokens) -> dict:
-    quantize_to(scratch / "first", BUNDLED, Gptq(search=False), tokens[:1])  # what libraries take at their first call
+    quantize_to(scratch / "first", BUNDLED, Gptq(**PLAIN), tokens[:1])  # what libraries take at their first call
     before, _ = held(), forget_most()
-    outcome = quantize_to(scratch / "out", folder, Gptq(search=False), tokens)
+    outcome = quantize_to(scratch / "out", folder, Gptq(**PLAIN), tokens)
     return {"bytes": most_held() - before, "linears": len(outcome.notes)}
 
 

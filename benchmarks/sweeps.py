@@ -32,7 +32,7 @@ from helpers.measure.stats import ratio_interval
 from helpers.measure.tasks import ENGLISH, Item, encode, encode_choices, encode_text, examples, text
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.gptq_signround import GptqSignRound
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
@@ -173,7 +173,7 @@ def nf4_panels(s: Subject) -> Iterator[Panel]:
 
 def gptq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, where there is something to lose, except where bits are swept."""
-    plain, pool = Gptq(3, s.group, sym=False, search=False, act_group_aware=False), s.tokens()
+    plain, pool = Gptq(3, s.group, sym=False, **PLAIN), s.tokens()
     for bits in (2, 3, 4, 8):
         yield Panel("bits", f"rounding, {bits}", s.drawn(Rtn(bits, s.group, sym=False)))
         yield Panel("bits", f"GPTQ, {bits}", s.drawn(replace(plain, bits=bits), pool))
@@ -198,14 +198,14 @@ def gptq_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("calibrated on", "quantized predecessors", s.drawn(plain, pool))
     yield Panel("calibrated on", "same block unquantized", s.drawn(Plan(plain, inputs="block"), pool))
     if s.name == "bundled":  # of which such files are committed
-        yield from by_whom(s, Gptq(search=False, act_group_aware=False), "autogptq-gptq", "gptqmodel-gptq")
+        yield from by_whom(s, Gptq(**PLAIN), "autogptq-gptq", "gptqmodel-gptq")
 
 
 def best_panels(s: Subject) -> Iterator[Panel]:
     """What GPTQ and its extras win back of what rounding loses: small differences, so all questions and all windows."""
     pool = s.tokens()
     for bits in (3, 4):
-        plain = Gptq(bits, s.group, sym=False, search=False, act_group_aware=False)
+        plain = Gptq(bits, s.group, sym=False, **PLAIN)
         for value, method in {
                 "GPTQ": plain, "searched scales": replace(plain, search=True),
                 "searched scales, desc_act, damping 0.1": replace(plain, search=True, desc_act=True, damp_percent=0.1),
@@ -218,7 +218,7 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
     """What a reader may choose between, at equal bits and groups."""
     pool = s.tokens()
     for bits in (4, 3):
-        plain = Gptq(bits, s.group, sym=False, search=False, act_group_aware=False)
+        plain = Gptq(bits, s.group, sym=False, **PLAIN)
         symmetric, scaled = replace(plain, sym=True), AwqGptq(bits, s.group, sym=False, act_group_aware=False)
         aware = {"act_group_aware": True, "search": True}
         recipes: dict[str, Method] = {
@@ -269,7 +269,7 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
     """At 3 bits, on the model and on its variant with outlier channels (the same function of its input)."""
     pool = s.tokens()
     for name, base in (("model", s.base), ("with outlier channels", s.loud)):
-        gptq, scaled = (s.drawn(method(3, s.group, sym=False, search=False, act_group_aware=False), pool, base=base)
+        gptq, scaled = (s.drawn(method(3, s.group, sym=False, **PLAIN), pool, base=base)
                         for method in (Gptq, AwqGptq))
         yield Panel(name, "rounding", s.drawn(Rtn(3, s.group, sym=False), base=base))
         kept = Plan(LargestInputs(3, s.group, sym=False), inputs="model")

@@ -98,7 +98,7 @@ from helpers.harness.sensitivity import Sensitivity
 from helpers.harness.study import material
 from helpers.measure.quality import Judge
 from helpers.measure.tasks import encode_all
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.keep import Keep
 from helpers.models import branches
 from helpers.models.layers import common_group
@@ -174,7 +174,7 @@ from helpers.harness.sensitivity import stored, table
 if is_bundled:
     reference, cells = stored()
 else:
-    reference, methods = live.panel.score(), [Rtn(3, size), Gptq(3, size, search=False)]
+    reference, methods = live.panel.score(), [Rtn(3, size), Gptq(3, size, **PLAIN)]
     cells = {k: c.arrays for k, c in live.down(methods).items()}
 frame = table(cells, reference)
 shown = list(dict.fromkeys(frame.setting))

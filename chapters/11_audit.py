@@ -229,7 +229,7 @@ audit.say(20, "desc_act improves quality on some backends, more slowly", CONDITI
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.variants import Simulation
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import common_group
 from helpers.toolkits.article import PROMPTS
@@ -237,7 +237,7 @@ from helpers.toolkits.article import PROMPTS
 group = common_group(full.load(study.device))
 three = [study.tokenizer.encode(p) for p in PROMPTS]
 quality = study.quality(study.judge)
-calibrated = {name: Simulation(name, Gptq(4, group, sym=False, search=False), on, full) for name, on in (
+calibrated = {name: Simulation(name, Gptq(4, group, sym=False, **PLAIN), on, full) for name, on in (
     ("three prompts", three), ("32 windows", requests))}
 rounding = quality.scores(Simulation("rounding", Rtn(4, group, sym=False), (), full)).answer
 kl = {"rounding": rounding.kl[None]} | {name: np.stack([quality.scores(d).answer.kl for d in redrawn(v, 4)])

@@ -12,7 +12,7 @@ import torch
 
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.reference import AutoGptq
@@ -23,13 +23,13 @@ from helpers.models.source import load
 from helpers.models.texts import calibration, windows
 from helpers.models.walk import walk
 
-PLAIN = Gptq(search=False)
+TOOLKITS = Gptq(**PLAIN)
 PLANS = {
-    "rtn": Rtn(), "rtn_asym_3": Rtn(3, 64, sym=False), "nf4": Nf4(), "gptq": PLAIN,
-    "gptq_3_asym_search": Gptq(3, sym=False), "gptq_desc_act": replace(PLAIN, desc_act=True, damp_percent=0.1),
-    "gptq_row": replace(PLAIN, group_size=-1), "gptq_block": Plan(PLAIN, inputs="block"),
-    "gptq_mixed": Plan(PLAIN, {"q_proj$": replace(PLAIN, bits=8), r"layers\.1\..*v_proj": Keep()}),
-    "awq": Awq(), "awq_3": Awq(3, 64), "awq+gptq": AwqGptq(3, sym=False, search=False), "autogptq": AutoGptq()}
+    "rtn": Rtn(), "rtn_asym_3": Rtn(3, 64, sym=False), "nf4": Nf4(), "gptq": TOOLKITS,
+    "gptq_3_asym_search": Gptq(3, sym=False), "gptq_desc_act": replace(TOOLKITS, desc_act=True, damp_percent=0.1),
+    "gptq_row": replace(TOOLKITS, group_size=-1), "gptq_block": Plan(TOOLKITS, inputs="block"),
+    "gptq_mixed": Plan(TOOLKITS, {"q_proj$": replace(TOOLKITS, bits=8), r"layers\.1\..*v_proj": Keep()}),
+    "awq": Awq(), "awq_3": Awq(3, 64), "awq+gptq": AwqGptq(3, sym=False, **PLAIN), "autogptq": AutoGptq()}
 
 
 def digest(*tensors: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from helpers.harness.sensitivity import stored, table
 from helpers.measure.stats import paired, rank_correlation, ratio_interval
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.rtn import Rtn
 from helpers.results import read
 from helpers.store import values
@@ -35,14 +35,14 @@ def kl(arrays):
 def test_the_map(frame):
     inside = frame[frame.block.notna()]
     assert len(inside) == 28 * 10 and set(frame[frame.block.isna()].layer) == {"embedding", "output head"}
-    both = Rtn(3), Gptq(3, search=False)
+    both = Rtn(3), Gptq(3, **PLAIN)
     rounding, gptq = (inside[inside.setting == m].groupby("kind").kl.sum().sort_values() for m in both)
     assert list(rounding.index[-2:]) == ["v_proj", "o_proj"] and list(gptq.index[-3:]) == ["gate_proj", "down_proj", "o_proj"]
     assert set(gptq.index[:2]) == {"q_proj", "k_proj"} and rounding["o_proj"] > 4 * gptq["o_proj"]
     blocks, alike = (inside[inside.setting == m].groupby("block").kl.sum() for m in both)
     assert 6 < blocks[0] / blocks[3] < 7 and alike.max() / alike.min() < 1.5
     ends = {(r.layer, r.setting): r.kl for r in frame[frame.block.isna()].itertuples()}
-    assert ends["output head", Rtn(3)] > 2 * ends["output head", Gptq(3, search=False)]
+    assert ends["output head", Rtn(3)] > 2 * ends["output head", Gptq(3, **PLAIN)]
     assert ends["embedding", Rtn(2)] > 2 * inside[inside.setting == Rtn(2)].groupby("kind").kl.sum().max()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.speed import again
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.int8 import RowInt8
 from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
@@ -52,7 +52,7 @@ def test_one_forward_pass_a_block(bundled, tokens):
 
 
 def test_a_held_pass_gives_the_codes_of_a_pass_for_each_group(bundled, tokens):
-    held = quantize_model(copy.deepcopy(bundled.model), Gptq(search=False), tokens).codes
+    held = quantize_model(copy.deepcopy(bundled.model), Gptq(**PLAIN), tokens).codes
     other = again(BUNDLED, tokens)
     assert held.keys() == other.keys() and all(torch.equal(held[n].codes, other[n].codes) for n in held)
 

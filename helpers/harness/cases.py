@@ -16,7 +16,7 @@ from helpers.harness.variants import Original, Simulation, Variant
 from helpers.measure.tasks import Example
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.int8 import RowInt8
 from helpers.methods.nf4 import Nf4
 from helpers.models.layers import common_group, linears
@@ -90,7 +90,7 @@ def steps(case: Case, of: Material, device: str = "cpu") -> list[Adjustment]:
     group = common_group(lm)
     best = Gptq(4, group, sym=False, search=True, desc_act=True)
     tokens = of.tokens[:32]
-    methods = {"NF4": (Nf4(), ()), "AWQ": (Awq(4, group), tokens), "GPTQ": (Gptq(4, group, sym=False, search=False), tokens)}
+    methods = {"NF4": (Nf4(), ()), "AWQ": (Awq(4, group), tokens), "GPTQ": (Gptq(4, group, sym=False, **PLAIN), tokens)}
     last = "|".join(writers(lm))
     found = [(name, name, *methods[name]) for name in case.order] + [
         ("GPTQ, desc_act, searched scales", "order of columns and scales", best, tokens),

@@ -11,7 +11,7 @@ from helpers.harness.gates import FAIL, PASS, Finding, Gate, parse_gates
 from helpers.harness.measured import Measured
 from helpers.harness.study import Study
 from helpers.harness.variants import Simulation, Variant
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import common_group
 from helpers.models.source import DATA
@@ -103,7 +103,7 @@ def redrawn(variant: Simulation, draws: int) -> list[Simulation]:
 
 def _gptq(study: Study, name: str, bits: int, tokens: Sequence[Sequence[int]], **also) -> Simulation:
     group = common_group(study.full.load(study.device))
-    return Simulation(name, Gptq(bits, group, sym=False, search=False), tokens, study.full, **also)
+    return Simulation(name, Gptq(bits, group, sym=False, **PLAIN), tokens, study.full, **also)
 
 
 def gate(**asked) -> Gate:

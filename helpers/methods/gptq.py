@@ -10,6 +10,8 @@ from helpers.models.method import Gram, Notes, PlanError
 from helpers.quantizers.affine import Quantized
 from helpers.quantizers.gptq import gptq
 
+# As auto-gptq has it: scales fitted to the range of each group, columns in the order as they are
+PLAIN = {"search": False, "act_group_aware": False}
 SETTINGS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "search")
 
 
@@ -22,8 +24,8 @@ class Gptq(Rtn):
     calibrated: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     desc_act: bool = field(default=False, metadata={"help": "columns of the largest inputs first (chapter 5)"})
-    act_group_aware: bool = field(default=False, metadata={
-        "help": "the same with every group whole, for a file like any other; without effect beside desc_act (chapter 5)"})
+    act_group_aware: bool = field(default=True, metadata={
+        "help": "so inside of each group, and the groups by their largest, unless desc_act is set (chapter 5)"})
     damp_percent: float = field(default=0.01, metadata={"help": "damping, as a share of the mean diagonal (chapter 5)"})
     search: bool = field(default=True, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQCo
 
 from helpers.files import PROVENANCE, REPORT, folder_hash, key_hash
 from helpers.methods.awq import Awq
-from helpers.methods.gptq import Gptq
+from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.int8 import RowInt8
 from helpers.methods.nf4 import Nf4
 from helpers.models.layers import common_group
@@ -56,11 +56,11 @@ class Artefact:
 ARTEFACTS = {
     "bitsandbytes-nf4": Artefact("bitsandbytes", "nf4", Nf4()),
     "bitsandbytes-int8": Artefact("bitsandbytes", "int8", RowInt8()),
-    "gptqmodel-gptq": Artefact("gptqmodel", "gptq", Gptq(search=False)),
+    "gptqmodel-gptq": Artefact("gptqmodel", "gptq", Gptq(**PLAIN)),
     "gptqmodel-awq": Artefact("gptqmodel", "awq", Awq()),
-    "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(search=False), originals=True),
+    "autogptq-gptq": Artefact("autogptq", "gptq", Gptq(**PLAIN), originals=True),
     "autoawq-awq": Artefact("autoawq", "awq", Awq(), originals=True),
-    "autoround-gptq": Artefact("autoround", "autoround", Gptq(search=False), packages=("auto-round",)),
+    "autoround-gptq": Artefact("autoround", "autoround", Gptq(**PLAIN), packages=("auto-round",)),
 }
 
 
