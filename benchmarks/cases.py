@@ -34,8 +34,8 @@ from helpers.results import BadRecord, Record, read, save
 
 METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, which does not search its scales
     "bundled": ("int8", "nf4", "gptq", "awq", "autoround"),
-    "small": ("int8", "nf4", "gptq:search=false", "awq", "gptq:sym=false,search=true,desc_act=true",
-              "awq+gptq:sym=false,search=true")}
+    "small": ("int8", "nf4", "gptq:search=false,act_group_aware=false", "awq", "gptq:sym=false,search=true,desc_act=true",
+              "awq+gptq:sym=false,search=true,act_group_aware=false")}
 
 
 def methods(case: Case, model: str) -> list[str]:

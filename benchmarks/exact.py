@@ -36,7 +36,7 @@ SMALL = SUBJECTS["small"]
 FOLDER, GROUP = SMALL.base.folder, SMALL.group
 FEW = SMALL.tokens(length=128, count=8)
 SOLVERS = {"autogptq": (0.01, torch.float32), "gptqmodel": (0.05, torch.bfloat16)}  # their damping, and what they return
-FILES = {"NF4": Nf4(), "GPTQ": Gptq(4, GROUP), "AWQ": Awq(4, GROUP)}
+FILES = {"NF4": Nf4(), "GPTQ": Gptq(4, GROUP, act_group_aware=False), "AWQ": Awq(4, GROUP)}
 READERS = ("transformers", "GPTQModel", "vLLM")
 
 

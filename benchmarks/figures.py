@@ -10,8 +10,8 @@ from helpers.harness.carry import panels
 from helpers.models.source import DATA
 
 SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": "GPTQ, the toolkits'",
-         "GPTQ, symmetric, searched scales": "GPTQ, our default",
-         "GPTQ, symmetric, group aware, searched scales": "GPTQ, group aware\n(for vLLM)",
+         "GPTQ, symmetric, searched scales": "GPTQ, searched scales",
+         "GPTQ, symmetric, group aware, searched scales": "GPTQ, our default\n(group aware)",
          "GPTQ, desc_act, searched scales": "GPTQ, asymmetric,\ndesc_act",
          "AWQ's scales, then GPTQ, desc_act, searched scales": "awq+gptq, asymmetric,\ndesc_act"}
 

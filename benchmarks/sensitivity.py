@@ -47,7 +47,7 @@ from helpers.toolkits.artefacts import CALIBRATION
 TUNE, JUDGE, DRAWS = 30, 40, 2  # questions a task; quantizations of each plan
 MAP = (Rtn(4), Rtn(3), Rtn(2), *(Gptq(b, **PLAIN) for b in (4, 3, 2)), Awq(4), Awq(3), Awq(2), Nf4())
 BUDGETS = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0)  # bits a weight, as files count them
-BASE = Gptq()
+BASE = Gptq(act_group_aware=False)  # what the committed map is of
 KEPT = ("answer_nll", "answer_kl", "exact")
 
 

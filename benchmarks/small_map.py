@@ -15,7 +15,7 @@ from helpers.models.fetch import origin
 from helpers.results import Record, save
 
 SMALL = SUBJECTS["small"]
-MAP = (Gptq(3, SMALL.group), Rtn(3, SMALL.group))
+MAP = (Gptq(3, SMALL.group, act_group_aware=False), Rtn(3, SMALL.group))
 WINDOWS, EACH = 32, 10  # of calibration; of the tuning texts every so many
 
 

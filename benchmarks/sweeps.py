@@ -342,8 +342,8 @@ def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:
 
 
 def what_was_asked(key: Mapping[str, Any]) -> str:
-    """A cell's key without the circumstances: code, versions (a config says which one of transformers wrote it), machine, how many
-    tokens went through at once."""
+    """A cell's key without the circumstances: code, versions (a config says which one of transformers wrote it), machine, and
+    how many tokens went through at once."""
     def bare(part: Any) -> Any:
         return {k: bare(v) for k, v in part.items() if k != "config"} if isinstance(part, Mapping) else part
 

@@ -187,7 +187,8 @@ for what, W_hat in (("one scale a row", simple), (f"groups of {size}", in_groups
 # first, while there are many others left to make up for them; it scatters each group over the row, and not every engine reads
 # that. *act_group_aware* (Gafni et al. 2025, arXiv 2505.14638; GPTQModel's name for it) does so inside of each group, and takes
 # the groups by their largest input: each stays whole, and the file is like any other. *search* tries smaller scales than those
-# that cover a group; the method `Gptq` does so unless told not to, and [chapter 12](12_two_models.ipynb) has the reason.
+# that cover a group. The method `Gptq` does the last two unless told not to, and [chapter 12](12_two_models.ipynb) has the
+# reason.
 #
 # A symmetric grid of 4 bits has eight steps below zero and seven above. Under a *negative* scale it is the other way around,
 # for the same bytes, so a group may give the longer side to whichever end needs it. llama.cpp's Q4_0 and AutoRound do that for
@@ -329,8 +330,8 @@ plt.show()
 #   panel differs from its first, rounding at 2 bits.)
 # - *Damping* from 0.0001 to 0.5: no difference detectable on this model. It guards against a failure that did not occur.
 # - *Groups* of 64 and 32 have a measurably lower KL than 128, for 0.15 and 0.45 bits a weight more; whole rows are worse.
-# - *desc_act* and the *group-aware* order, *searched scales*, *stale scales*, *calibrated on* the block before it is quantized (which saves most of the
-#   forward passes): no difference detectable.
+# - *desc_act* and the *group-aware* order, *searched scales*, *stale scales*, *calibrated on* the block before it is quantized
+#   (which saves most of the forward passes): no difference detectable.
 # - *By whom*: ours and both toolkits' files, all calibrated on the same windows: no difference detectable.
 #
 # An earlier record, of one draw for each variant, told searched scales and the unquantized block from the default; with several
@@ -411,7 +412,8 @@ carry.side_by_side("recipes").loc["recipes, 4 bits"]
 # And what a user would ask: how much of the loss that rounding costs is won back, in %? And how many of 300 questions does the
 # real model still answer right, of 184 without quantization? `draws`: how often it was calibrated anew, on the bundled model
 # and on the real one; where that is once, the interval is of the texts alone. ("GPTQ, symmetric" is what the toolkits do;
-# with searched scales it is our default, `Gptq()`.)
+# with searched scales and the group-aware order it is
+# our default, `Gptq()`.)
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -439,10 +441,10 @@ pd.DataFrame(rows).T
 # - *60 % of the loss won back* was our aim at 4 bits. Plain GPTQ reaches it on the bundled model. On the real one a single
 #   recipe does, AWQ's scales before GPTQ with desc_act and searched scales, on speeches and questions with an interval that
 #   begins below. What bounds the others is the file: vLLM refuses desc_act, and on a CPU asymmetric grids. Of what it reads,
-#   symmetric GPTQ in the group-aware order wins back 59 [56, 62], 44 [39, 48] and 48 [34, 59] %, AWQ's scales before symmetric
-#   GPTQ 61, 52 and 36 (by KL the first is level on the novel and the questions, and nearer on the speeches); the default
-#   `Gptq()`, in the order as it is, a quarter on prose.
-# - *Right answers*: the toolkits' GPTQ loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 2 [-9, 14]. Of the seven
+#   the default `Gptq()` wins back 59 [56, 62], 44 [39, 48] and 48 [34, 59] %, where the order as it is wins back a quarter on
+#   prose; AWQ's scales before symmetric GPTQ in that order 61, 52 and 36 (by KL `Gptq()` is level with it on the novel and the
+#   questions, and nearer on the speeches).
+# - *Right answers*: the toolkits' GPTQ loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 0 [-11, 11]. Of the seven
 #   recipes with searched scales four lose 12 to 16, measurably, `awq+gptq` among them; from `Gptq()` it cannot be told.
 # - *Damping* of 0.1, the default of transformers' `GPTQConfig`, and of 0.0001 is worse than 0.01 on the real model, on every
 #   text; on the bundled one 0.0001 is, and a millionth cannot be told.
@@ -476,15 +478,15 @@ for whose, label in carry.VOICE_NAMES.items():
 #
 # So one verdict of the bundled model is the opposite of the real one's (AWQ against GPTQ), and where it says "no difference"
 # there mostly is one. A small model without outliers is a fair test of whether code is right, and a poor one of whether an
-# option pays. On a model of your own: searched scales and the group-aware order, `Gptq(act_group_aware=True)`; AWQ's scales before
-# GPTQ if your calibration text is like your requests; then measure.
+# option pays. On a model of your own: searched scales and the group-aware order, which is `Gptq()`; AWQ's scales before it if
+# your calibration text is like your requests; then measure.
 
 # %% [markdown]
 # ## A whole model, to a file
 #
 # `quantize_to` streams a model from disk to disk, block by block: later blocks are calibrated on the outputs of the quantized
-# ones. `Gptq()` is the default recipe: 4 bits, symmetric, searched scales. The folder appears when it is complete, with its
-# provenance.
+# ones. `Gptq()` is the default recipe: 4 bits, symmetric, searched scales, the group-aware order. The folder appears when it is
+# complete, with its provenance.
 
 # %% tags=["nbval-ignore-output"]
 import tempfile

@@ -427,7 +427,7 @@ load = read("served").data["load"]
 factors = [r["itl_ms"]["p50"] / load["16 bits"][key]["itl_ms"]["p50"] for name in ("GPTQ file", "AWQ file")
            for key, r in load[name].items()]
 case = read("cases").data["small"]["chatbot"]
-four, sixteen = case["variants"]["gptq:search=false"]["served"], case["served_bf16"]
+four, sixteen = case["variants"]["gptq:search=false,act_group_aware=false"]["served"], case["served_bf16"]
 elsewhere = four["1"]["itl_ms"][0] / sixteen["1"]["itl_ms"][0]
 audit.say(16, "memory can be won without latency", HOLDS if min(*factors, elsewhere) > 1 else NOT,
           f"vLLM on two cores: ITL of 4-bit files is {min(factors):.1f} to {max(factors):.1f} times that of 16 bits; on "

@@ -26,7 +26,8 @@ from helpers.models.walk import walk
 TOOLKITS = Gptq(**PLAIN)
 PLANS = {
     "rtn": Rtn(), "rtn_asym_3": Rtn(3, 64, sym=False), "nf4": Nf4(), "gptq": TOOLKITS,
-    "gptq_3_asym_search": Gptq(3, sym=False), "gptq_desc_act": replace(TOOLKITS, desc_act=True, damp_percent=0.1),
+    "gptq_3_asym_search": replace(TOOLKITS, bits=3, sym=False, search=True),
+    "gptq_desc_act": replace(TOOLKITS, desc_act=True, damp_percent=0.1),
     "gptq_row": replace(TOOLKITS, group_size=-1), "gptq_block": Plan(TOOLKITS, inputs="block"),
     "gptq_mixed": Plan(TOOLKITS, {"q_proj$": replace(TOOLKITS, bits=8), r"layers\.1\..*v_proj": Keep()}),
     "awq": Awq(), "awq_3": Awq(3, 64), "awq+gptq": AwqGptq(3, sym=False, **PLAIN), "autogptq": AutoGptq()}

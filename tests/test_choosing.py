@@ -159,10 +159,10 @@ def test_cases_of_the_record():
 def test_the_real_models_chatbot_of_the_record():
     row, of = record_table().loc[("small", "chatbot")], read("cases").data["small"]["chatbot"]["variants"]
     assert (row["verdict"], row["pick"], row["exit status"]) == (UNDECIDED, "none", 98)
-    assert all("kl < 0.02" in of[n]["reason"] for n in ("nf4", "gptq:search=false", "awq"))
-    assert "0.6667" in of["gptq:search=false"]["reason"]
+    assert all("kl < 0.02" in of[n]["reason"] for n in ("nf4", "gptq:search=false,act_group_aware=false", "awq"))
+    assert "0.6667" in of["gptq:search=false,act_group_aware=false"]["reason"]
     assert "no_loops" in of["gptq:sym=false,search=true,desc_act=true"]["reason"]
-    last = of["awq+gptq:sym=false,search=true"]
+    last = of["awq+gptq:sym=false,search=true,act_group_aware=false"]
     assert last["outcome"] == UNDECIDED and "sym=False" in last["reason"] and "no question asks for JSON" in last["reason"]
 
 
@@ -173,8 +173,9 @@ def test_the_real_models_other_cases_of_the_record():
         assert (row["verdict"], row["pick"], row["exit status"]) == (FAIL, "none", 99)
         assert {v["outcome"] for v in told[case]["variants"].values()} == {FAIL}
     reports, doses = (told[case]["variants"] for case in ("condensing", "doses"))
-    best = ("gptq:sym=false,search=true,desc_act=true", "awq+gptq:sym=false,search=true")
-    kept = [measured(reports[n]["reason"], "recovery > 0.93") for n in ("gptq:search=false", "awq", "nf4")]
+    best = ("gptq:sym=false,search=true,desc_act=true", "awq+gptq:sym=false,search=true,act_group_aware=false")
+    kept = [measured(reports[n]["reason"], "recovery > 0.93") for n in (
+        "gptq:search=false,act_group_aware=false", "awq", "nf4")]
     assert [round(100 * k) for k in kept] == [75, 81, 84]
     for name in best:
         assert "recovery" not in reports[name]["reason"] and measured(reports[name]["reason"], "kl < 0.002") == pytest.approx(
@@ -194,4 +195,5 @@ def measured(reason, gate):
 def test_served_latency_of_the_cases():
     """Chapter 10: on this processor the real model answers sooner in 4 bits than in float16, and later than in bfloat16."""
     itl = served_table()["ITL p50"].loc[("small", "chatbot")]
-    assert all(itl["16 bits, bf16"] * 1.5 < itl[n] < itl["16 bits"] / 4 for n in ("gptq:search=false", "awq"))
+    assert all(itl["16 bits, bf16"] * 1.5 < itl[n] < itl["16 bits"] / 4 for n in (
+        "gptq:search=false,act_group_aware=false", "awq"))

@@ -79,7 +79,7 @@ def test_folders(foreign, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, said", [
     ("qptq", "'qptq' is no method (awq, "),
     ("autogptq", "'autogptq' is no method"), ("/no/such", "no folder with a config.json"),
-    ("gptq:bits", "gptq: 'bits': expected setting=value, of bits, "),
+    ("gptq:bits", "gptq: 'bits': expected setting=value, of act_group_aware, bits, "),
     ("gptq:bite=3", "'bite=3': expected setting=value"),
     ("gptq:bits=three", "gptq: bits: 'three': expected a whole number"),
     ("gptq:bits=3.5", "bits: '3.5': expected a whole number"),
