@@ -241,8 +241,8 @@ def test_the_group_aware_order():
     beside = {r: [paired(rows[w][aware], rows[w][r], "answer_kl").verdict() for w in REAL] for r in (ordered, scaled)}
     level, better = "no difference detectable", "measurably better"
     assert beside == {ordered: [level, better, level], scaled: [level, better, level]}
-    makers = {w: carry.rows("makers", w) for w in REAL}
-    apart = [paired(of["as AutoRound: GPTQ, group aware"], of["as AutoRound: AutoRound"], "answer_kl") for of in makers.values()]
+    makers = [carry.rows("makers", w) for w in REAL]
+    apart = [paired(of["as AutoRound: GPTQ, group aware"], of["as AutoRound: AutoRound"], "answer_kl") for of in makers]
     assert [i.verdict() for i in apart] == [level, better, level] and round(apart[1].estimate, 2) == -0.03
 
 
