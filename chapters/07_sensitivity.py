@@ -108,7 +108,7 @@ from helpers.models.source import BUNDLED, resolve
 
 run_on = settings(model, profile)
 is_bundled = resolve(run_on["model"], run_on["revision"]) == BUNDLED
-given = material(*(run_on[k] for k in ("model", "revision", "dtype", "device")), limit=8 if is_bundled else 3)
+given = material(*(run_on[k] for k in ("model", "revision", "dtype", "device")), limit=8 if is_bundled else 1)
 full = given.full
 tokenizer = AutoTokenizer.from_pretrained(full.folder)
 items = encode_all(tokenizer, given.tune, full.config)
@@ -162,7 +162,8 @@ worst_kind, worst_block, head_is_worst = "down_proj", 0, True
 #
 # Every linear alone, the output head and the embedding, by rounding, GPTQ and AWQ at 4, 3 and 2 bits and by NF4, on the
 # *tuning* questions (those that judge the plan in the end are not touched). For the bundled model from a stored record
-# (`make maps`); for any other this cell measures two settings (`make sensitivity MODEL=...` measures more, and keeps it).
+# (`make maps`); for any other this cell measures two settings on a question a task (`make sensitivity MODEL=...` measures
+# more, and keeps it).
 
 # %%
 import matplotlib.pyplot as plt
