@@ -475,11 +475,10 @@ def main() -> None:
         return work(sweeps, *map(int, args.part.split("/")), args.draws, args.minutes, measured_before(args.found or ()))
     for sweep in sweeps:
         path = RESULTS / f"{sweep.record}.npz"
-        if not args.derive:
-            (sweep.found(args.found) if args.found else sweep.measure()).save(path)
-        cell = Cell.read(path)
+        cell = Cell.read(path) if args.derive else sweep.found(args.found) if args.found else sweep.measure()
         told = derive(cell, subject.draws) if subject.name == "bundled" else by_domain(cell, subject.draws) | {
             "model": origin(subject.base.folder)}
+        cell.save(path)  # after what could fail
         device = cell.key["keys"][0].get("device", "cpu")
         command = "make sweeps" if (subject.name, device) == ("bundled", "cpu") else (
             f"python -m benchmarks.sweeps --model {subject.name} --only {sweep.name} --device {device}")

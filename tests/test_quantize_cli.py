@@ -28,7 +28,7 @@ def test_a_model_becomes_an_artefact(tmp_path, options, form, capsys):
     assert "MB become" in said and said.count("left in 16 bits") == 28 - len(read.linears)
     if "--no_search" in options:
         assert record["plan"]["default"] == {"method": "gptq", "bits": 3, "group_size": 64, "sym": False, "desc_act": False,
-                                             "damp_percent": 0.01, "search": False}
+                                             "act_group_aware": True, "damp_percent": 0.01, "search": False}
         assert record["plan"]["inputs"] == "block" and record["tokens"] == 256
 
 

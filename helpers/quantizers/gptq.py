@@ -28,8 +28,10 @@ class Solution(NamedTuple):
     damp_percent: float
 
 
-def damped(H: Float[Tensor, "n n"], damp_percent: float) -> tuple[Float[Tensor, "n n"], Tensor]:
-    """H + damping times the mean diagonal, with the diagonal of dead columns (no input ever) set to 1, and which are dead.
+def damped(H: Float[Tensor, "n n"], damp_percent: float, order: Int[Tensor, " n"] | None = None
+           ) -> tuple[Float[Tensor, "n n"], Tensor]:
+    """H + damping times the mean diagonal, with the diagonal of dead columns (no input ever) set to 1, and which are dead; in
+    this order of its columns.
 
     Raises HessianError if H is not finite, has a negative diagonal, or is zero: then no calibration token arrived.
     """
@@ -38,17 +40,17 @@ def damped(H: Float[Tensor, "n n"], damp_percent: float) -> tuple[Float[Tensor, 
         raise HessianError("H has values that are NaN, infinite, or negative on its diagonal: check the activations")
     if not diagonal.any():
         raise HessianError("H is zero: no calibration token reached this layer, and GPTQ would be nothing but rounding")
-    dead = diagonal == 0
-    H = H.clone()
+    H = H.clone() if order is None else H[order[:, None], order]
+    dead = H.diagonal() == 0
     H[dead, dead] = 1
     H.diagonal().add_(damp_percent * torch.diag(H).mean())  # of a copy: the order of summing decides the last bits
     return H, dead
 
 
-def _factorise(H: Tensor, damp_percent: float, factor) -> tuple[Tensor, Tensor, float]:
+def _factorise(H: Tensor, damp_percent: float, factor, order: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
     """factor(damped H), the dead columns and the damping used: ten times as much after each failure, at most 1."""
     while True:
-        ready, dead = damped(H, damp_percent)
+        ready, dead = damped(H, damp_percent, order)
         try:
             result = factor(ready)
             if torch.isfinite(result).all():
@@ -146,12 +148,11 @@ def gptq(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], bits: int = 4
     """
     width, qmax, group_size = W.shape[1], 2**bits - 1, check(W, bits, group_size)
     order = rounding_order(H, group_size, desc_act, act_group_aware)
-    H = H[order][:, order] if desc_act or act_group_aware else H
-    F, dead, damp_percent = _factorise(H, damp_percent, feedback_factor)
+    F, dead, damp_percent = _factorise(H, damp_percent, feedback_factor, order)
     # one row for each column of W, so that what a step reads and writes is contiguous
     Wt = W.float().T[order].masked_fill(dead[:, None], 0).contiguous()
     Et, codes = torch.zeros_like(Wt), torch.empty_like(Wt)
-    importance = _uncorrectable(H, F, damp_percent) if search else None
+    importance = _uncorrectable(F, damped(H, damp_percent, order)[0]) if search else None
     block = 128 if group_size == width else group_size
     scales, zeros, grid = [], [], None
     for start in range(0, width, block):
@@ -180,13 +181,13 @@ def targets(W: Float[Tensor, "out in_"], H: Float[Tensor, "in_ in_"], found: Sol
     """What each weight was when it was rounded, with the errors of the columns before it taken over: in steps of the grid, and
     within the half step around its code (beyond the ends of the grid it was farther)."""
     q = found.quantized
-    F, _, _ = _factorise(H[order][:, order], found.damp_percent, feedback_factor)
+    F, _, _ = _factorise(H, found.damp_percent, feedback_factor, order)
     W_hat = q.dequantize()
     carried = ((W.float() - W_hat)[:, order] @ F.T)[:, torch.argsort(order)]
     steps = (W_hat + carried) / q.grid.scale[:, q.g_idx] + q.grid.zero_point[:, q.g_idx]
     return steps.clamp(q.codes - 0.499, q.codes + 0.499)
 
 
-def _uncorrectable(H: Tensor, F: Tensor, damp_percent: float) -> Tensor:
+def _uncorrectable(F: Tensor, H: Tensor) -> Tensor:
     """D of H = F^T D F: the weight of each column's squared error once later columns have made up for what they can."""
-    return torch.linalg.solve_triangular(F.T, damped(H, damp_percent)[0], upper=True, unitriangular=True).diagonal()
+    return torch.linalg.solve_triangular(F.T, H, upper=True, unitriangular=True).diagonal()
