@@ -442,10 +442,11 @@ pd.DataFrame(rows).T
 #   recipe does, AWQ's scales before GPTQ with desc_act and searched scales, on speeches and questions with an interval that
 #   begins below. What bounds the others is the file: vLLM refuses desc_act, and on a CPU asymmetric grids. Of what it reads,
 #   the default `Gptq()` wins back 59 [56, 62], 44 [39, 48] and 48 [34, 59] %, where the order as it is wins back a quarter on
-#   prose; AWQ's scales before symmetric GPTQ in that order 61, 52 and 36 (by KL `Gptq()` is level with it on the novel and the
-#   questions, and nearer on the speeches).
-# - *Right answers*: the toolkits' GPTQ loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 0 [-11, 11]. Of the seven
-#   recipes with searched scales four lose 12 to 16, measurably, `awq+gptq` among them; from `Gptq()` it cannot be told.
+#   prose; with AWQ's scales before it 62, 41 and 45 (by KL that is nearer on the novel, farther on the speeches, and level on
+#   the questions).
+# - *Right answers*: the toolkits' GPTQ loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 0 [-11, 11], and
+#   `awq+gptq`, which has AWQ's scales before it, 10 [-1, 22]. Of the ten recipes with searched scales four lose 12 to 16,
+#   measurably, none of them in the group-aware order.
 # - *Damping* of 0.1, the default of transformers' `GPTQConfig`, and of 0.0001 is worse than 0.01 on the real model, on every
 #   text; on the bundled one 0.0001 is, and a millionth cannot be told.
 #

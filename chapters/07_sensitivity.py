@@ -322,14 +322,14 @@ from dataclasses import replace
 
 from helpers.measure.stats import rank_correlation
 
-record, measured = read("sensitivity").data, Gptq(act_group_aware=False)
+record, usual = read("sensitivity").data, Gptq(act_group_aware=False)
 layers = list(record["options"])
 for bits, ups in record["upwards"].items():
     low = ups[""][0]
     gains = {k: 100 * (1 - v[0] / low) for k, v in ups.items() if k and not k.startswith("model.")}
     print(f"all at {bits} bits: KL {low:.3f}; put back to 16 bits, it falls by", ", ".join(
         f"{k.removesuffix('_proj')} {g:.0f} %" for k, g in gains.items()))
-    down = [record["options"][n][str(replace(measured, bits=int(bits)))][0] for n in layers]
+    down = [record["options"][n][str(replace(usual, bits=int(bits)))][0] for n in layers]
     up = [low - ups[n][0] for n in layers]
     print(f"  linear by linear, downwards against upwards: rank correlation {rank_correlation(down, up)}\n"
           f"  of the KL of all at once, single linears sum to {sum(down) / low:.2f} downwards and {sum(up) / low:.2f} upwards")
@@ -357,7 +357,7 @@ print(inspect.getsource(scores).split("BY_WEIGHTS = ")[1].split("\n\n\ndef")[0])
 # How well does each rank the 28 linears of the bundled model, and how well all settings of all linears together?
 
 # %%
-cheap, setting = record["cheap"]["scores"], str(replace(measured, bits=3))
+cheap, setting = record["cheap"]["scores"], str(replace(usual, bits=3))
 dear = {n: record["options"][n][setting][0] for n in layers}
 mixed = [(n, s) for n in layers for s in record["options"][n]]
 ranks = pd.DataFrame({score: {
@@ -439,7 +439,7 @@ from helpers.harness.planner import Planner, single_kl
 from helpers.models.formats import GPTQ
 
 if is_bundled:
-    widths = {str(m): m for b in (2, 3, 4, 8) for g in (32, 64, 128) for m in [replace(measured, bits=b, group_size=g)]}
+    widths = {str(m): m for b in (2, 3, 4, 8) for g in (32, 64, 128) for m in [replace(usual, bits=b, group_size=g)]}
     kl = {(n, widths[s]): k[0] for n, of in record["options"].items() for s, k in of.items()}
 else:
     options = [Gptq(b, size) for b in (3, 4)]
@@ -570,7 +570,7 @@ print(at, price.sort_values("KL for each MB", ascending=False).to_string(float_f
 # **"Selective precision beats converting everything to 4 bits."** At the bytes of uniform 4 bits in groups of 128:
 
 # %%
-whole = str(measured)
+whole = str(usual)
 for name in (n for n in planned if abs(about[n]["bits"] - about[whole]["bits"]) < 0.05):
     print(f"{name} less uniform 4 bits: {paired(plans[name], plans[whole], 'answer_kl')}")
 
