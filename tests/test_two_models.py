@@ -88,7 +88,10 @@ def test_what_is_chosen_on_the_tuning_set():
     assert found["nearer"].to_dict() == {"bundled": "none", "novel": "none", "speeches": "none", "questions": best}
     estimates = [float(text.split(" ")[0]) for text in found["the toolkits' less its own"]]
     assert all(0.17 <= round(e, 2) <= 0.2 for e in estimates[1:]) and "[+" in found.loc["bundled", "the toolkits' less its own"]
-    assert found["tried"].tolist() == [17, 6, 6, 6] and len(carry.panels("tuned")["bundled"]["recipes, 4 bits"]) == 17
+    assert found["tried"].tolist() == [22, 8, 8, 8]
+    default, as_it_is = (f"GPTQ, symmetric,{order} searched scales" for order in (" group aware,", ""))
+    tuned = {w: of["recipes, 4 bits"] for w, of in carry.panels("tuned").items()}
+    assert all(of[default]["kl"][2] < of[as_it_is]["kl"][1] for w, of in tuned.items() if w in REAL)
 
 
 def test_searched_scales_of_symmetric_grids():
