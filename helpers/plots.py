@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,10 +64,9 @@ def exact_by_bits(ax, data: dict) -> None:
     tasks, widths = list(data["examples"]), ("16", "4", "3", "2")
     for n, bits in enumerate(widths):
         shares = [data["bits"][bits]["exact"][t] for t in tasks]
-        x = [100 * s[0] for s in shares]
         error = [[100 * max(0, s[0] - s[1]) for s in shares], [100 * max(0, s[2] - s[0]) for s in shares]]
         y = [i + 0.17 * (n - 1.5) for i in range(len(tasks))]
-        ax.errorbar(x, y, xerr=error, fmt="osDv"[n], label=f"{bits} bits", capsize=2, linewidth=1)
+        ax.errorbar([100 * s[0] for s in shares], y, xerr=error, fmt="osDv"[n], label=f"{bits} bits", capsize=2, linewidth=1)
     ax.set_yticks(range(len(tasks)), [title(t) for t in tasks])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
@@ -213,8 +213,8 @@ def won_back(panels: Mapping[str, Mapping[str, dict]]) -> None:
         ax.errorbar(100 * estimate, np.arange(len(names)) + 0.18 * (k - (len(panels) - 1) / 2), capsize=2, label=whose,
                     xerr=100 * np.array([estimate - low, high - estimate]), fmt="osD^"[k], color=f"C{k}", markersize=4)
     ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel="% of rounding's KL that is won back")
-    ax.set_yticklabels(names, fontsize=8)
+    ax.set_yticks(range(len(names)), [fill(name, 32) for name in names], fontsize=8)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="% of rounding's KL that is won back")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
 
 
