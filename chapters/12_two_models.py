@@ -317,7 +317,7 @@ for panel in makers["bundled"]:
 # on the speeches, no difference on questions. Neither file beats ours on all three.
 #
 # AWQ's scales before GPTQ do harm with this calibration, by 0.015 to 0.025 nats/token where both have desc_act, by 0.018 to
-# 0.022 where both have the group-aware order: it is on text
+# 0.021 where both have the group-aware order: it is on text
 # like the judged one that they help (chapter 5).
 #
 # *AutoRound* is nearer than GPTQ whose scales are all above zero, on both models: with desc_act by 0.02 to 0.04 nats/token on

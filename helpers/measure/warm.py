@@ -1,10 +1,16 @@
 """What a process of its own imported and ran before it measures (`memory.peaks`)."""
 
-import torch
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
+import logging
 
-import helpers.models.source  # noqa: F401  (imports most of what loading needs)
-from helpers.measure.latency import greedy_tokens
+import torch
+
+for chatty in ("torchao", "torch.utils._pytree"):  # what they say while they are imported would be a chapter's output
+    logging.getLogger(chatty).setLevel(logging.ERROR)
+
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import helpers.models.source  # noqa: E402, F401  (imports most of what loading needs)
+from helpers.measure.latency import greedy_tokens  # noqa: E402
 
 
 def answered(device: str) -> None:
