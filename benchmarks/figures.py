@@ -9,7 +9,7 @@ from helpers import plots
 from helpers.harness.carry import panels
 from helpers.models.source import DATA
 
-SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": "GPTQ, the toolkits'",
+SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": "GPTQ, auto-gptq's settings",
          "GPTQ, symmetric, searched scales": "GPTQ, searched scales",
          "GPTQ, symmetric, group aware, searched scales": "GPTQ, our default\n(group aware)",
          "GPTQ, desc_act, searched scales": "GPTQ, asymmetric,\ndesc_act",

@@ -252,10 +252,10 @@ with pd.option_context("display.max_colwidth", None):
 # %% [markdown]
 # (`tried`: recipes that both sets have; `nearer`: those that the judging set finds measurably nearer to full precision than the
 # choice. The sets have different texts, so their columns of KL do not compare.) On the bundled model the choice is desc_act
-# with searched scales; it is measurably nearer to full precision than the toolkits' GPTQ, and from plain (asymmetric) GPTQ it
-# cannot be told. On the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are chosen, and hold. On
-# its questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other one, 0.01 nats/token
-# apart. KL is 0.17 to 0.20 below that of the toolkits' GPTQ either way.
+# with searched scales; it is measurably nearer to full precision than GPTQ with auto-gptq's settings, and from plain
+# (asymmetric) GPTQ it cannot be told. On the real model's prose AWQ's scales before GPTQ with desc_act and searched scales are
+# chosen, and hold. On its questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other
+# one, 0.01 nats/token apart. KL is 0.17 to 0.20 below that of GPTQ with auto-gptq's settings either way.
 #
 # And what should `Gptq()` do where nobody says anything? A symmetric file is what every engine that we tried reads (vLLM on a
 # CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales, of either sign ([chapter 5](05_gptq.ipynb)),
