@@ -32,7 +32,7 @@ from helpers.models.method import Plan
 from helpers.models.source import BUNDLED
 from helpers.results import BadRecord, Record, read, save
 
-METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, which does not search its scales
+METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, asked for plain settings
     "bundled": ("int8", "nf4", "gptq", "awq", "autoround"),
     "small": ("int8", "nf4", "gptq:search=false,act_group_aware=false", "awq", "gptq:sym=false,search=true,desc_act=true",
               "awq+gptq:sym=false,search=true,act_group_aware=false")}

@@ -37,7 +37,7 @@ from helpers.toolkits.process import ORIGINALS, ROOT, Job, run
 PARTIAL, LENGTH = ROOT / ".cache" / "effort", 128  # runs and files so far, removed when the record is written; tokens a window
 TOOLKITS = ("autogptq-gptq", "gptqmodel-gptq", "autoawq-awq", "gptqmodel-awq")
 ANSWER = ("16 bits", "bitsandbytes-nf4", "file-nf4", "file-gptq", "file-awq")  # the files are ours, the loaders transformers'
-METHODS = {"nf4": Nf4(), "gptq": Gptq(**PLAIN), "awq": Awq()}  # as the toolkits do them
+METHODS = {"nf4": Nf4(), "gptq": Gptq(**PLAIN), "awq": Awq()}  # with the settings that the toolkits are given
 SIDES = ("ours-nf4", "ours-gptq", "ours-awq", *TOOLKITS, *ANSWER)
 PAIRS = {"ours": ("ours", "ours"), "GPTQModel": ("gptqmodel", "gptqmodel"), "archived": ("autogptq", "autoawq")}
 PARTS = {"gram": "models.method.Gram.add", "factor": "quantizers.gptq.feedback_factor", "solve": "methods.gptq.gptq",

@@ -411,9 +411,9 @@ carry.side_by_side("recipes").loc["recipes, 4 bits"]
 # %% [markdown]
 # And what a user would ask: how much of the loss that rounding costs is won back, in %? And how many of 300 questions does the
 # real model still answer right, of 184 without quantization? `draws`: how often it was calibrated anew, on the bundled model
-# and on the real one; where that is once, the interval is of the texts alone. ("GPTQ, symmetric" is what auto-gptq
-# does; with searched scales and the group-aware order it is our default, `Gptq()`. GPTQModel 7.6 has that order on unless told
-# otherwise; where this book sets its files beside others it is told, so that settings are equal.)
+# and on the real one; where that is once, the interval is of the texts alone. ("GPTQ, symmetric" has auto-gptq's settings; with
+# searched scales and the group-aware order it is our default, `Gptq()`. GPTQModel 7.6 has that order on unless told otherwise;
+# where this book sets its files beside others it is told, so that settings are equal.)
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -440,13 +440,13 @@ pd.DataFrame(rows).T
 #   sign, take a third to a half of that KL away, in the same bytes.
 # - *60 % of the loss won back* was our aim at 4 bits. Plain GPTQ reaches it on the bundled model. On the real one a single
 #   recipe does, AWQ's scales before GPTQ with desc_act and searched scales, on speeches and questions with an interval that
-#   begins below. What bounds the others is the file: vLLM refuses desc_act, and on a CPU asymmetric grids. Of what it reads,
+#   begins below. vLLM refuses its file: desc_act, and on a CPU asymmetric grids as well. Of what it reads,
 #   the default `Gptq()` wins back 59 [56, 62], 44 [39, 48] and 48 [34, 59] %, where the order as it is wins back a quarter on
 #   prose; with AWQ's scales before it 62, 41 and 45 (by KL that is nearer on the novel, farther on the speeches, and level on
 #   the questions).
 # - *Right answers*: GPTQ with auto-gptq's settings loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 0 [-11, 11], and
 #   `awq+gptq`, which has AWQ's scales before it, 10 [-1, 22]. Of the ten recipes with searched scales four lose 12 to 16,
-#   measurably, none of them in the group-aware order.
+#   measurably, and a fifth 12 at the edge of it. Those of the group-aware order are of one draw each.
 # - *Damping* of 0.1, the default of transformers' `GPTQConfig`, and of 0.0001 is worse than 0.01 on the real model, on every
 #   text; on the bundled one 0.0001 is, and a millionth cannot be told.
 #
@@ -462,25 +462,27 @@ carry.side_by_side("gptq").drop(index=["bits", "4 bits, by whom"], level=0)
 # - *Which*: text that the real model itself continued (`own`) is measurably better than instructions, by 14 to 32 % of their
 #   KL.
 #
-# Which text it is weighs more than most settings. At 4 bits, on the texts that both records have: KL of symmetric GPTQ
+# Which text it is weighs as much as most settings. At 4 bits, on the texts that both records have: KL of symmetric GPTQ
 # calibrated on instructions, less that of the same calibrated on the novel:
 
 # %% tags=["nbval-ignore-output"]
 on_instructions, on_novel = values("sweep_small_makers"), values("sweep_small_recipes")
-for whose, label in carry.VOICE_NAMES.items():
-    pair = [carry.of_kind(of, whose) for of in (
-        on_instructions["GPTQ, by whom: ours"], on_novel["recipes, 4 bits: GPTQ, symmetric"])]
-    kl = pair[0]["answer_kl"].sum() / pair[0]["tokens"].sum()
-    print(f"{label:16} {paired(*pair, 'answer_kl')} nats/token, of {kl:.3f}")
+for what, here, there in (("auto-gptq's settings", "GPTQ, by whom: ours", "GPTQ, symmetric"),
+                          ("Gptq()", "as AutoRound: GPTQ, group aware", "GPTQ, symmetric, group aware, searched scales")):
+    for whose, label in carry.VOICE_NAMES.items():
+        pair = [carry.of_kind(of, whose) for of in (on_instructions[here], on_novel[f"recipes, 4 bits: {there}"])]
+        kl = pair[0]["answer_kl"].sum() / pair[0]["tokens"].sum()
+        print(f"{what:21} {label:16} {paired(*pair, 'answer_kl')} nats/token, of {kl:.3f}")
 
 # %% [markdown]
-# On prose that is a quarter to a third of its KL, nearly what searched and AWQ's scales together are worth (0.14 to 0.15); on
-# questions no difference can be told.
+# On prose that is a quarter to a third of the KL either way. On questions it is a fifth with `Gptq()`, and with auto-gptq's
+# settings nothing that can be told.
 #
-# So one verdict of the bundled model is the opposite of the real one's (AWQ against GPTQ), and where it says "no difference"
-# there mostly is one. A small model without outliers is a fair test of whether code is right, and a poor one of whether an
-# option pays. On a model of your own: searched scales and the group-aware order, which is `Gptq()`; AWQ's scales before it if
-# your calibration text is like your requests; then measure.
+# So one verdict of the bundled model is the opposite of the real one's (AWQ against plain GPTQ; against `Gptq()` AWQ has more
+# KL on both), and where it says "no difference" the real one mostly shows one. A small model without outliers is a fair test of
+# whether code is right, and a poor one of whether an option pays. On a model of your own: searched scales and the group-aware
+# order, which is `Gptq()`; asymmetric grids where your engine reads them (6 to 9 % less KL), with desc_act where it reads that;
+# AWQ's scales before it if your calibration text is like your requests; then measure.
 
 # %% [markdown]
 # ## A whole model, to a file

@@ -223,9 +223,9 @@ for metric in ("nll", "exact"):
 # %% [markdown]
 # *AutoRound* is what many would pick today. It learns, block by block and by signed gradient descent, which weights to round up
 # and where to clip, and writes an ordinary GPTQ file. On the bundled model it is measurably nearer to full precision than NF4
-# and AWQ; between it and GPTQ no difference is detectable at this sample size. What it costs is in the table of sizes below: it
-# takes longer to make than GPTQ's file. ([Chapter 12](12_two_models.ipynb) takes its lead over GPTQ apart: a good part of it is
-# the sign of its scales.)
+# and AWQ; between it and GPTQModel's GPTQ no difference is detectable at this sample size. What it costs is in the table of
+# sizes below: it takes longer to make than GPTQ's file. ([Chapter 12](12_two_models.ipynb) takes its lead over GPTQ apart: a
+# good part of it is the sign of its scales.)
 #
 # "No difference detectable" is a result, and it comes with its price: the size that a difference would need. To see one half as
 # large takes four times the questions.
@@ -243,8 +243,9 @@ tables.texts(measured, FULL)
 # %% [markdown]
 # ## One file is one draw
 #
-# GPTQ, AWQ and AutoRound look at calibration text, so their file is one draw among many. Three draws of GPTQ's text, each
-# judged on the same questions:
+# GPTQ, AWQ and AutoRound look at calibration text, so their file is one draw among many. Three draws of the text
+# of our default GPTQ, each judged on the same questions (`gptq` above is GPTQModel's plain file where the bundled model is
+# measured):
 
 # %% tags=["nbval-ignore-output"]
 import random

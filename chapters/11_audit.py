@@ -225,7 +225,8 @@ if asks_recall:
 act = told("recipes, 4 bits", "GPTQ, desc_act", "recipes")
 audit.say(20, "desc_act improves quality on some backends, more slowly", CONDITIONS if LOWER in act.values() else NOT,
           f"KL against the order as it is: {said(act)}. How much slower is a matter of GPU kernels",
-          "[chapter 5](05_gptq.ipynb)", "", "make compare MODEL=... METHODS='gptq gptq:desc_act=true' SERVE='1'")
+          "[chapter 5](05_gptq.ipynb)", "", "make compare MODEL=... METHODS='gptq:act_group_aware=false "
+          "gptq:desc_act=true' SERVE='1'")
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.variants import Simulation
@@ -343,7 +344,7 @@ audit.say(6, "AWQ has the best 4-bit quality on instruction tasks, NF4 slightly 
     "AWQ"} else CONDITIONS if LOWER in beats.values() else NOT,
     f"AWQ against plain GPTQ: {said(beats)}. The least KL of the four: " + ", ".join(
         f"{whose}: {name}" for whose, name in first.items()), "[chapter 6](06_awq.ipynb)", AWQ,
-    "make compare MODEL=... METHODS='nf4 gptq awq'")
+    "make compare MODEL=... METHODS='nf4 awq gptq:sym=false,search=false,act_group_aware=false'")
 
 # %% [markdown]
 # **C12: attention, MLP and head do not fail equally; a head in high precision protects quality.** From the map of

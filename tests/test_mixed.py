@@ -112,8 +112,8 @@ def test_nf4_with_linears_left_in_16_bits(bundled, tmp_path):
 
 @pytest.mark.skipif(available() is not None, reason=str(available()))
 def test_vllm_serves_groups_and_16_bits_by_linear(bundled, tmp_path):
-    """4 bits in groups of three sizes and 16 bits, what it fuses alike, AWQ's scales before the rest (the README's recipe for
-    this engine); its build for CPUs has no kernel for other widths."""
+    """4 bits in groups of three sizes and 16 bits, what it fuses alike, AWQ's scales before the rest; its build for
+    CPUs has no kernel for other widths."""
     plan = Plan(AwqGptq(4, 64), rules((QKV[0], Keep()), (QKV[1], Gptq(4, 32)), (GATES[1], Gptq(4, 128)), (GATES[2], Keep()),
                                    ([f"{LAYERS[2]}.mlp.down_proj"], Gptq(4, 32)), ([f"{LAYERS[3]}.self_attn.o_proj"], Keep())))
     outcome = quantize_to(tmp_path / "mixed", BUNDLED, plan, WINDOWS)

@@ -151,8 +151,8 @@ def agreement_by_kind(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen(panel: str = "recipes, 4 bits", usual: str = "GPTQ, symmetric") -> pd.DataFrame:
-    """For each kind of text: the recipe with the least KL on the tuning set, and of the judging set its KL, that of GPTQ as the
-    toolkits do it less its own, and the recipes that are measurably nearer to full precision there."""
+    """For each kind of text: the recipe with the least KL on the tuning set, and of the judging set its KL, that of GPTQ with
+    auto-gptq's settings less its own, and the recipes that are measurably nearer to full precision there."""
     told = {}
     for whose, of in panels("tuned").items():
         judged = {row.removeprefix(f"{panel}: "): arrays for row, arrays in rows("recipes", whose).items() if panel in row}
@@ -161,6 +161,6 @@ def chosen(panel: str = "recipes, 4 bits", usual: str = "GPTQ, symmetric") -> pd
         apart = {name: paired(judged[name], judged[best], "answer_kl") for name in {*tuned, usual}}
         told[whose] = {"tried": len(tuned), "chosen": best, "KL, tuning": f"{tuned[best]:.4f}",
                        "KL, judging": f"{judged[best]['answer_kl'].mean(0).sum() / judged[best]['tokens'].sum():.4f}",
-                       "the toolkits' less its own": str(apart[usual]),
+                       "auto-gptq's settings less its own": str(apart[usual]),
                        "nearer": ", ".join(sorted(n for n, i in apart.items() if i.high < 0)) or "none"}
     return pd.DataFrame(told).T

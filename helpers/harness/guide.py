@@ -24,18 +24,18 @@ class Entry(NamedTuple):
 ENTRIES = {
     "NF4": Entry("NF4", "today, without calibration text; to train adapters on top",
                  "if an engine has to serve a file at speed", "GPTQ", "04_nf4.ipynb"),
-    "GPTQ": Entry("GPTQ", "with text like your requests, in the format that most engines read",
-                  "with text unlike them: calibrated on other text most of its gain is gone", "AWQ", "05_gptq.ipynb"),
+    "GPTQ": Entry("GPTQ", "as the yardstick of this table", "if a few input channels are far larger than the rest",
+                  "our default", "05_gptq.ipynb"),
     "GPTQ, our default": Entry(
         "GPTQ, symmetric, group aware, searched scales", "the first to try of one method alone: every engine reads the file",
-        "if your engine reads better ones", "GPTQ with desc_act", "05_gptq.ipynb"),
+        "with calibration text unlike your requests", "AWQ", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "for less KL still, where the engine reads desc_act and asymmetric grids",
-        "if the file has to become an AWQ file", "searched scales alone", "05_gptq.ipynb"),
+        "if the file has to become an AWQ file", "our default", "05_gptq.ipynb"),
     "AWQ": Entry("AWQ", "if a few input channels are far larger than the rest", "below 4 bits, which the format cannot hold",
-                 "GPTQ with desc_act", "06_awq.ipynb"),
+                 "GPTQ, our default", "06_awq.ipynb"),
     "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, desc_act, searched scales", "the smallest loss measured on the real one",
-                            "if minutes of quantizing count", "GPTQ with desc_act", "06_awq.ipynb"),
+                            "if calibration text is unlike the requests", "our default", "06_awq.ipynb"),
 }
 
 

@@ -24,7 +24,8 @@ from helpers.toolkits.artefacts import ARTEFACTS, CACHE
 
 HELPERS = Path(__file__).resolve().parents[1]
 DEFAULT = ("int8", "nf4", "gptq", "awq", "autoround")
-# a method alone is, of the bundled model, what today's toolkit makes of it; of any other our own, which has the same bits
+# a method alone is, of the bundled model, what today's toolkit makes of it; of any other our own. They have the same bits, but
+# for gptq: ours searches its scales and takes the group-aware order, GPTQModel's file is made with neither
 TOOLKIT = {"int8": "bitsandbytes-int8", "nf4": "bitsandbytes-nf4", "gptq": "gptqmodel-gptq", "awq": "gptqmodel-awq",
            "autoround": "autoround-gptq"}
 # the files of these methods have these shapes; random weights need no more

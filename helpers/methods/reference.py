@@ -41,8 +41,8 @@ class AutoGptq(Gptq):
     keeps: ClassVar[type[Gram]] = AutoGptqGram
     stacks: ClassVar[bool] = False
     at_once: ClassVar[int] = 1
-    act_group_aware: bool = False  # GPTQModel has it
-    search: bool = False  # neither has
+    act_group_aware: bool = False  # auto-gptq has no such order
+    search: bool = False  # and does not search
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
         found = gptq_columns(W, kept.H, self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent,
