@@ -431,7 +431,7 @@ pd.DataFrame(rows).T
 #   desc_act does or a little more, in a file that every engine reads, and loses no right answer that could be told. On the
 #   bundled model it cannot be told from the order as it is.
 # - *AWQ* has twice plain GPTQ's KL on the bundled model, and 0.6 to 0.7 of it on the real one. GPTQ with desc_act and searched
-#   scales has less than AWQ on both.
+#   scales has less than AWQ on both, and so has `Gptq()`.
 # - *AWQ's scales, then GPTQ* with searched scales: no difference from plain GPTQ on the bundled model, less than half of its KL
 #   on the real one. That is calibrated on the novel, for speeches and questions as well; calibrated on instructions these
 #   scales do harm ([chapter 12](12_two_models.ipynb)).
