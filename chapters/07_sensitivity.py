@@ -185,7 +185,7 @@ figure, axes = plt.subplots(rows, min(3, len(shown)), figsize=(9, 2.1 * rows + 0
 for ax in axes.flat[len(shown):]:
     ax.set_visible(False)
 for ax, setting in zip(axes.flat, shown, strict=False):
-    image = maps.heat_map(ax, frame[frame.setting == setting], norm, str(setting).replace(", act_group_aware=False", ""))
+    image = maps.heat_map(ax, frame[frame.setting == setting], norm, f"{setting.name}, {getattr(setting, 'bits', 4)} bits")
 figure.colorbar(image, ax=axes, label="KL (nats/token)", shrink=0.7)
 plt.show()
 

@@ -25,7 +25,7 @@ class Gptq(Rtn):
     stacks: ClassVar[bool] = True
     desc_act: bool = field(default=False, metadata={"help": "columns of the largest inputs first (chapter 5)"})
     act_group_aware: bool = field(default=True, metadata={
-        "help": "the same inside of each group, and groups by their largest; desc_act overrides it (chapter 5)"})
+        "help": "largest inputs first inside of each group, and groups by theirs; desc_act overrides it (chapter 5)"})
     damp_percent: float = field(default=0.01, metadata={"help": "damping, as a share of the mean diagonal (chapter 5)"})
     search: bool = field(default=True, metadata={"help": "scales of least output error, not of the range (chapter 5)"})
 

@@ -31,7 +31,7 @@ class GptqSignRound(Gptq):
     aims: ClassVar[bool] = True
     inputs: ClassVar[str] = "block"
     at_once: ClassVar[int] = 2048  # tokens a step, as AutoRound has
-    act_group_aware: bool = False  # so it was measured
+    act_group_aware: bool = field(default=False, metadata={"help": "as for gptq; off, as it was measured (chapter 12)"})
     steps: int = field(default=200, metadata={"help": "steps of gradient descent for each block (chapter 12)"})
 
     def __post_init__(self) -> None:
