@@ -49,7 +49,7 @@ rebuild = False  # make the toolkits' artefacts anew instead of reading the comm
 profile = None  # a name from helpers/profiles.json, instead of `model`
 revision, dtype, device = None, None, None  # None: as the profile has it
 prompts, gates, methods = None, None, None  # None: the book's questions, data/gates/default.yml, the usual methods
-limit = 30  # most questions a task
+limit = None  # most questions a task; None: 30, or as many as the profile has
 rates = []  # requests a second, to be served by an engine as well (`make serving`; minutes)
 out = None  # folder for figures
 
@@ -66,7 +66,8 @@ from helpers.harness.study import prepared
 
 run_on = settings(model, profile)
 where = {k: given or run_on[k] for k, given in (("revision", revision), ("dtype", dtype), ("device", device))}
-study = prepared(run_on["model"], **where, prompts=prompts, gates=gates, methods=methods or (), limit=limit, rebuild=rebuild)
+study = prepared(run_on["model"], **where, prompts=prompts, gates=gates, methods=methods or (), rebuild=rebuild,
+                 limit=limit or min(30, run_on["limit"]))
 variants = {v.name: v for v in study.everyone()}
 FULL = study.full.name
 print(f"{len(study.judge)} questions to judge by, {len(study.tune)} to choose settings by; variants: {', '.join(variants)}")

@@ -65,7 +65,7 @@ pd.set_option("display.max_colwidth", None)
 
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
-study = prepared(run_on["model"], **where, methods=["nf4"], limit=20)
+study = prepared(run_on["model"], **where, methods=["nf4"], limit=min(20, run_on["limit"]))
 full = study.full
 print(f"{len(study.judge)} questions, of {len({e.task for e in study.judge})} tasks")
 
@@ -105,8 +105,10 @@ pick_guess = {"chatbot": "NF4", "condensing": "GPTQ", "doses": "GPTQ, 8 bits whe
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.cases import decided
+from helpers.models.source import BUNDLED
 
-decisions = {name: decided(case, run_on["model"], **where) for name, case in CASES.items()}
+turned = CASES if full.folder == BUNDLED else {"chatbot": CASES["chatbot"]}  # a turn takes minutes on a larger model
+decisions = {name: decided(case, run_on["model"], **where) for name, case in turned.items()}
 for name, d in decisions.items():
     print(f"{name}: {len(d.trials)} tried; pick: {d.pick or 'none'} (guessed: {pick_guess[name]}); fallback: {d.fallback}")
 
@@ -125,8 +127,9 @@ def rows(d):
 
 
 longest = max(len(d.trials) for d in decisions.values())
-figure, axes = plt.subplots(1, 3, figsize=(8.4, 1.9 + 0.95 * longest), layout="constrained")
-for ax, d in zip(axes, decisions.values(), strict=True):
+figure, axes = plt.subplots(1, len(turned), figsize=(2.8 * len(turned), 1.9 + 0.95 * longest), layout="constrained",
+                            squeeze=False)
+for ax, d in zip(axes[0], decisions.values(), strict=True):
     plots.flow(ax, rows(d), [("pick", d.pick or "nothing passes"), ("fallback", d.fallback)])
     ax.set_title(d.case.title, fontsize=9)
 

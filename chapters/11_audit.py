@@ -60,13 +60,16 @@ from helpers.harness.audit import AWQ, CONDITIONS, GPTQ, HOLDS, NOT, QLORA, UNDE
 from helpers.harness.carry import SAID, panels, verdict, verdicts
 from helpers.harness.carry import real as real_less
 from helpers.harness.study import prepared
+from helpers.models.source import BUNDLED
 from helpers.results import read
 
 pd.set_option("display.max_colwidth", None)
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
-study = prepared(run_on["model"], **where, methods=["nf4"], limit=20)
+few = min(20, run_on["limit"])  # questions a task
+study = prepared(run_on["model"], **where, methods=["nf4"], limit=few)
 full, audit = study.full, Audit()
+draws = 4 if full.folder == BUNDLED else 1  # of a calibrated variant: each takes minutes on a larger model
 LOWER, SAME, HIGHER = SAID[-1], SAID[0], SAID[1]
 
 # %% [markdown]
@@ -201,9 +204,9 @@ requests = windows(calibration(study.tokenizer), 256, 32)
 asks_recall = {"recall_4", "recall_far"} <= {e.task for e in study.judge}
 lost = {}
 if asks_recall:
-    recall, failure = study.quality([*examples("judge", ["recall_4"], 60), *examples("judge", ["recall_far"])]), short_windows(
-        study, requests)
-    short, long = ([recall.scores(v) for v in redrawn(v, 2)] for v in (failure.provoked, failure.remedied))
+    recall = study.quality([*examples("judge", ["recall_4"], 3 * few), *examples("judge", ["recall_far"], 6 * few)])
+    failure = short_windows(study, requests)
+    short, long = ([recall.scores(v) for v in redrawn(v, max(1, draws // 2))] for v in (failure.provoked, failure.remedied))
     for task in ("recall_4", "recall_far"):
         apart = np.stack([a.select(task).exact.astype(float) - b.select(task).exact for a, b in zip(short, long, strict=True)])
         lost[task] = ratio_interval(apart, np.ones(apart.shape[1]))
@@ -241,9 +244,9 @@ quality = study.quality(study.judge)
 calibrated = {name: Simulation(name, Gptq(4, group, sym=False, **PLAIN), on, full) for name, on in (
     ("three prompts", three), ("32 windows", requests))}
 rounding = quality.scores(Simulation("rounding", Rtn(4, group, sym=False), (), full)).answer
-kl = {"rounding": rounding.kl[None]} | {name: np.stack([quality.scores(d).answer.kl for d in redrawn(v, 4)])
+kl = {"rounding": rounding.kl[None]} | {name: np.stack([quality.scores(d).answer.kl for d in redrawn(v, draws)])
                                         for name, v in calibrated.items()}
-print(f"{sum(map(len, three))} tokens in the three; each set in four orders")
+print(f"{sum(map(len, three))} tokens in the three; each set in {draws} orders")
 pd.DataFrame({name: {"KL (nats/token)": str(ratio_interval(of_, rounding.tokens)), "of the draws": of_.sum(1) / sum(
     rounding.tokens)} for name, of_ in kl.items()}).T
 
