@@ -175,8 +175,9 @@ plt.show()
 # GPTQ, AWQ and NF4, and why it measures answers, not impressions.
 #
 # Is it the same on a larger model? On SmolLM2-135M, a real one, rounding to 4 bits in groups of 64 costs measurably, too, and
-# far more: KL is 0.24 to 0.33 nats/token, by text ([chapter 5](05_gptq.ipynb)). Every chapter says which of its verdicts hold
-# on both models, and [chapter 12](12_two_models.ipynb) counts them.
+# far more: its KL, how far the probabilities moved ([chapter 2](02_pipelines.ipynb)), is 0.24 to 0.33 nats/token, by text
+# ([chapter 5](05_gptq.ipynb)). Every chapter says which of its verdicts hold on both models, and [chapter
+# 12](12_two_models.ipynb) counts them.
 #
 # ## How to run it
 #
@@ -214,7 +215,7 @@ plt.show()
 # <details><summary>Solution</summary>
 #
 # `{g: score(quantized(lm, Rtn(3, g, sym=False)), items).answer.delta_nll(full.answer).estimate for g in (-1, 128, 32)}`.
-# Smaller groups follow the weights more closely, so the loss falls; each group also has to store a scale and a zero point.
+# Smaller groups follow the weights more closely, so the loss falls; each group also has to store its own grid (chapter 2).
 # </details>
 #
 # 2. Which of the five tasks loses most at 3 bits? `score(...).select("json")` gives the scores of one task.

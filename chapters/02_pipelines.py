@@ -18,7 +18,8 @@
 # *On a GPU*: the same cells; speed is then worth reading.
 #
 # The pipelines are bitsandbytes (NF4, with int8 as the mild fallback) and GPTQModel (GPTQ and AWQ), each as its own
-# documentation recommends. Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
+# documentation recommends, but that GPTQModel's order of columns is off: its GPTQ is the plain one here ([chapter
+# 5](05_gptq.ipynb)). Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
 # because their files are still everywhere.
 
 # %% tags=["setup", "hide-cell"]
@@ -59,8 +60,8 @@ print(f"{lm.config.num_hidden_layers} blocks of width {lm.config.hidden_size}, {
 # %% [markdown]
 # ## Four artefacts
 #
-# Each toolkit runs in a process of its own, because importing one patches libraries that the others use. All calibrate on
-# the same text, at most 128 windows of 256 tokens. The committed artefacts are read unless `rebuild` is set.
+# Each toolkit runs in a process of its own, because importing one patches libraries that the others use. GPTQ and AWQ
+# calibrate on the same text, at most 128 windows of 256 tokens. The committed artefacts are read unless `rebuild` is set.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
@@ -103,7 +104,8 @@ rows = {}
 for name, variant in variants.items():
     predicted, measured = variant.predicted(), variant.measured()
     rows[name] = {"predicted": predicted, "measured": measured,
-                  "bits per parameter": round(8 * measured / lm.num_parameters(), 2)}
+                  "bits per parameter": round(8 * measured / lm.num_parameters(), 2),
+                  "guessed": guess_bits_per_parameter.get(variant.name.rpartition("-")[2], "")}
     assert predicted == measured or not whole, name
 memory = pd.DataFrame(rows).T.astype({"predicted": int, "measured": int})
 memory
@@ -145,14 +147,15 @@ assert torch.isclose(same, (p * (p / q).log()).sum())
 
 # %% [markdown]
 # The loss looks at one token and may fall by luck, where the quantized model happens to like the right answer better. KL looks
-# at all of them, is zero only if nothing changed, and never falls below.
+# at all of them, is zero only if nothing changed, and never falls below. With natural logarithms the unit is the *nat*.
 
 # %% [markdown]
 # ## Quality: the same questions to each
 #
 # The artefacts are loaded through transformers, as a user would, and asked the same questions as the 16-bit model. Three
 # measures, from the most sensitive to the most tangible: KL divergence from the 16-bit model on the answer tokens, the
-# change of the loss on the right answers (ΔNLL), and the answers that are right.
+# change of the loss on the right answers (ΔNLL), and the answers that are right. Beside them stands the *perplexity* of whole
+# texts, $e$ to the mean loss of a token.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.quality import compare
@@ -330,7 +333,8 @@ for step, outcome in steps.items():
 # One model went through bitsandbytes, GPTQModel and their predecessors. Sizes follow from the shapes exactly, of any model.
 # Quality has to be measured, with intervals: at 4 bits some differences are of the size of the noise in a small test set, and
 # none of this page's is a verdict on another model. On SmolLM2-135M the order of NF4, GPTQ and AWQ is another one, and
-# auto-gptq's file is measurably farther from 16 bits than ours ([chapter 12](12_two_models.ipynb)).
+# auto-gptq's file is measurably farther from 16 bits than the one that our GPTQ makes by the same settings ([chapter
+# 12](12_two_models.ipynb)).
 #
 # ## Exercises
 #

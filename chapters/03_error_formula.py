@@ -14,8 +14,8 @@
 # **After this chapter** you can round a matrix to four bits by hand, say what scale, zero point and group are, and judge a
 # rounding by what it does to a layer's *output* instead of to its weights.
 #
-# *Needs*: [chapter 1](01_start_here.ipynb), matrix products. *Time*: half a minute on a laptop CPU. *On a GPU*: nothing
-# changes.
+# *Needs*: chapters [1](01_start_here.ipynb) and [2](02_pipelines.ipynb), matrix products. *Time*: half a minute on a laptop
+# CPU. *On a GPU*: nothing changes.
 #
 # Every method of this book replaces the weight $W$ of a linear by values $\hat W = Q(W)$ from a small grid. What it loses
 # on inputs $X$ is
@@ -252,8 +252,8 @@ for shape_name, config in shapes.items():
     print(f"{shape_name:12} {each}")
 
 # %% [markdown]
-# The larger the model, the nearer to the nominal number; in a small one the 16-bit embeddings and head take nearly as many
-# bytes as all quantized weights.
+# The larger the model, the nearer to the nominal number; in a small one the 16-bit embeddings and head take
+# four fifths as many bytes as all quantized weights.
 #
 # ## Eight codes in a word
 #

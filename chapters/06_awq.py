@@ -315,8 +315,9 @@ plt.show()
 # - *GPTQ*, which uses all of $H$, has about half the KL of AWQ, and three fifths where there are outliers. AWQ's scales before
 #   it lower the KL measurably where there are outliers, and not where there are none.
 # - *Channels in 16 bits*, the paper's observation (4 of 256 inputs, as many as stand out; 8 of 768), helps both models, most
-#   where there are outliers. Scales alone do not do better than that; with clipping, AWQ does where there are outliers, with
-#   nothing in 16 bits. The AWQ format has no place for mixed channels.
+#   where there are outliers. Scales alone do not do better than that: measurably worse without outliers, no difference
+#   detectable with them. With clipping AWQ does better on both, with nothing in 16 bits. The AWQ format has no place for mixed
+#   channels.
 # - *Calibration text*: no difference in KL detectable between instructions, recipes and long texts; short texts are a little
 #   better, random tokens worse. (In loss, only random tokens can be told.) GPTQ, on the same texts, is much more
 #   particular (chapter 5).
@@ -348,8 +349,8 @@ pd.DataFrame({whose: {value: plots.between(row["kl"], ".3g") for value, row in o
 carry.side_by_side("awq").drop(index=["model, GPTQ", "with outlier channels, GPTQ", "4 bits, by whom"], level=0)
 
 # %% [markdown]
-# (KL from 16 bits, nats/token, with its interval over texts; then each variant's KL less that of the first of its panel, here
-# rounding, in % of it: an interval that holds 0 says that no difference can be told.)
+# (KL from 16 bits, nats/token, with its interval over texts; then each variant's KL less that of rounding, of instructions, or
+# of groups of 64, in % of it: an interval that holds 0 says that no difference can be told.)
 #
 # Neither half does more: scales alone, of which the bundled model shows nothing, take a fifth to over a third of rounding's KL
 # away, clipping alone a quarter to a third, both together about half. And where GPTQ has less than half of AWQ's KL on the

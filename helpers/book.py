@@ -29,11 +29,14 @@ class RevisionUnset(ValueError):
 
 
 def settings(model: str, profile: str | None = None) -> dict:
-    """What a chapter runs on: the named profile, or the default one with another model (its folder or name).
+    """What a chapter runs on: the named profile, or the default one with another model (its folder or name), which is asked
+    fewer questions, since most are larger.
 
     Raises KeyError for an unknown profile, RevisionUnset if it would fetch whatever is newest on the hub.
     """
-    chosen = PROFILES[profile] if profile else PROFILES["bundled"] | {"model": model}
+    chosen = PROFILES[profile or "bundled"]
+    if not profile and model != "bundled":
+        chosen = chosen | {"model": model, "limit": 10}
     if profile and chosen["revision"] is None and "/" in chosen["model"] and not Path(chosen["model"]).is_dir():
         raise RevisionUnset(f"profile {profile!r} names {chosen['model']} without a revision: look up the commit on its hub "
                             "page and set it in helpers/profiles.json, so that results can be repeated")

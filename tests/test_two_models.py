@@ -143,6 +143,16 @@ def test_awq_at_3_bits_on_the_real_model():
     assert not searched[2].excludes_zero()
 
 
+def test_how_few_windows_are_worse_than_rounding_on_the_real_model():
+    """Chapter 5, at 3 bits."""
+    for w in REAL:
+        of = carry.rows("gptq", w)
+        at, many = ({n: carry.share(of[f"calibration windows of 256: {n}"], of[other]) for n in (1, 2, 4, 8, 16, 32)}
+                    for other in ("bits: rounding, 3", "calibration windows of 256: 64"))
+        assert [n for n, i in at.items() if i.low > 0] == ([1, 2, 4, 8] if w == "questions" else [1, 2])
+        assert all(i.low > 0 for i in many.values())
+
+
 def test_what_calibration_text_is_worth():
     """Chapter 5: text of the model's own beside instructions at 3 bits, and instructions beside the novel at 4."""
     own = [carry.differences("gptq")["calibration text", "own"][w] for w in REAL]
@@ -232,6 +242,9 @@ def test_the_aim_on_the_real_model():
     kl = {r: np.array([of[w][r]["kl"][0] for w in REAL]) for r in of["novel"]}
     less = 1 - kl["GPTQ, desc_act, searched scales"] / kl[default]
     assert [round(100 * f(less)) for f in (min, max)] == [7, 13]
+    before = [carry.share(carry.rows("recipes", w)[AT4 + best], carry.rows("recipes", w)[AT4 + "GPTQ, desc_act, searched scales"])
+              for w in REAL]
+    assert [round(-f(i.estimate for i in before)) for f in (max, min)] == [10, 19] and all(i.high < 0 for i in before)
     assert (kl[default] < 0.5 * kl["GPTQ, symmetric"]).all()
     in_order = [r for r in kl if r.startswith("GPTQ") and "desc_act" not in r and "group aware" not in r]
     assert len(in_order) > 5 and all((kl[r] > kl["AWQ"]).all() for r in in_order)  # README
