@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 
 from helpers import compare
 from helpers.book import BUILD, ROOT
-from helpers.files import folder_hash, write_atomically
+from helpers.files import file_hash, folder_hash, key_hash, write_atomically
 from helpers.harness import report
 from helpers.harness.allocate import save_plan
 from helpers.harness.cases import CASES, Case
+from helpers.harness.compare import circumstances
 from helpers.harness.gates import read_gates
 from helpers.harness.load import load
 from helpers.harness.serve import serving
@@ -50,8 +51,9 @@ def methods(case: Case, model: str) -> list[str]:
 
 
 def run(case: Case, model: str) -> dict:
-    """One comparison, run now if its results.json is not there: the exit status, and what results.json says."""
-    out = BUILD / "cases" / f"{model}-{case.name}"
+    """One comparison, run now if none of the same questions, limits, weights and code was: the exit status, and results.json."""
+    same = [circumstances(), Original(model).weights, methods(case, model), *map(file_hash, (case.prompts(model), case.gates))]
+    out = BUILD / "cases" / f"{model}-{case.name}-{key_hash(same)}"
     argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),
             "--methods", *methods(case, model)]
     if not (out / "results.json").is_file():

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.sweeps import SUBJECTS
-from helpers.files import write_atomically
+from helpers.files import key_hash, write_atomically
+from helpers.harness.compare import circumstances
 from helpers.harness.portability import ENGINES, matrix
 from helpers.measure.tasks import encode, examples
 from helpers.methods.awq import Awq
@@ -86,12 +87,13 @@ PARTS: dict[str, Callable[[], dict]] = {
 
 def main() -> None:
     done = ROOT / ".cache" / "exact.json"
-    found = json.loads(done.read_text()) if done.is_file() else {}
+    known, found = json.loads(done.read_text()) if done.is_file() else {}, {}
     for name, part in PARTS.items():
-        if name not in found:
-            found[name] = part()
-            write_atomically(done, json.dumps(found))
-            print(name, found[name])
+        if (key := key_hash([name, circumstances(), SMALL.base.weights, versions_in(ORIGINALS)])) not in known:
+            known[key] = part()
+            write_atomically(done, json.dumps(known))
+        found[name] = known[key]
+        print(name, found[name])
     others = {place.parts[-4]: versions_in(place) for place in ROOT.glob(".venv-*/lib/python*/site-packages")}
     found |= {"model": origin(FOLDER), "versions": {ORIGINALS.name: versions_in(ORIGINALS), **others}}
     print(save(Record("small_exact", found, command="python -m benchmarks.exact", model_sha256=SMALL.base.weights)))

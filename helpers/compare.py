@@ -5,7 +5,7 @@ Exit status: 0 a variant passes every gate, 99 none does, 98 undecided (nothing 
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from helpers import book
@@ -19,6 +19,13 @@ from helpers.page import to_html
 
 STATUS = {PASS: 0, FAIL: 99, UNDECIDED: 98}
 BAD_INPUT = 2
+
+
+def requests_a_second(text: str) -> float:
+    """An option's value; argparse turns what is raised into a message that names the option."""
+    if not (rate := float(text)) > 0:
+        raise ArgumentTypeError(f"expected requests a second, above 0, got {text}")
+    return rate
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -35,8 +42,8 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--out", type=Path, default=book.BUILD / "compare", help="folder for the notebook, report.html, "
                         "results.json, manifest.yml and the figures")
     parser.add_argument("--limit", type=int, default=50, help="most questions a task, of the book's own")
-    parser.add_argument("--serve", nargs="+", type=float, default=[], metavar="RATE", help="also on a serving engine (make "
-                        "serving), at these rates of requests a second")
+    parser.add_argument("--serve", nargs="+", type=requests_a_second, default=[], metavar="RATE", help="also on a serving "
+                        "engine (make serving), at these rates of requests a second")
     parser.add_argument("--executor", help="dask://host:port: scores are computed on a cluster that sees the same files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="that full precision is computed in")

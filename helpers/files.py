@@ -18,10 +18,24 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights: those in its index, else model.safetensors, else all *.safetensors. Beside the
+    first two a folder may hold the same weights once more, under other names."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def folder_hash(folder: Path) -> str:
-    """sha256 over the weights of a model folder (all *.safetensors, by name), hex."""
-    files = sorted(folder.glob("*.safetensors"))
-    return hashlib.sha256("".join(f.name + file_hash(f) for f in files).encode()).hexdigest()
+    """sha256 over the weights of a model folder (their files, by name), hex."""
+    return hashlib.sha256("".join(f.name + file_hash(f) for f in weight_files(folder)).encode()).hexdigest()
+
+
+def wording_hash(folder: Path) -> str:
+    """A short name for what turns requests into tokens and ends answers."""
+    found = (p for pattern in ("tokenizer*", "*.jinja", "generation_config.json") for p in sorted(folder.glob(pattern)))
+    return key_hash([[p.name, file_hash(p)] for p in found])
 
 
 def key_hash(key: object) -> str:

@@ -12,8 +12,8 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from helpers import book
-from helpers.compare import STATUS
-from helpers.harness.gates import Gate
+from helpers.compare import STATUS, requests_a_second
+from helpers.harness.gates import SLACK, Gate
 from helpers.harness.load import load
 from helpers.harness.quantities import GATES
 from helpers.harness.serve import EngineMissing, Server, answers
@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--served-as", nargs=2, default=("m", "m"), metavar=("FIRST", "SECOND"), help="the models' names there")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer")
     parser.add_argument("--differ", type=float, default=0.05, help="largest share of answers that may differ, or fail")
-    parser.add_argument("--rates", nargs="*", type=float, default=[], help="also measure latency at so many requests a second")
+    parser.add_argument("--rates", nargs="*", type=requests_a_second, default=[], help="also latency, at so many requests/s")
     return parser.parse_args(argv)
 
 
@@ -51,7 +51,7 @@ def replay(options: Namespace) -> int:
     apart = shadow(asked, *said, tokenizer)
     print(apart.to_string(max_colwidth=70) if len(apart) else "every answer is the same")
     share = share_interval(len(apart), len(asked), GATES)
-    found = Gate("answers that differ or failed", lambda *_: share, True, options.differ).check(None, None)
+    found = Gate("answers that differ or failed", lambda *_: share, True, options.differ + SLACK).check(None, None)
     print(f"{found.gate}: {found.outcome}, {found.reason}; {sum(a.error is not None for s in said for a in s)} failed")
     texts = [render(tokenizer, e)[0] for e in asked]
     for rate in options.rates:

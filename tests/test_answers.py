@@ -85,6 +85,12 @@ def test_form_of_answers():
         "schema": [True, True, False, False, True]}
 
 
+def test_a_plain_answer_is_its_first_line():
+    found = form([Said("Paris\nParis\nParis", (7, 8) * 20, False), Said("Paris", (7, 8) * 20, False)], [
+        Example("own", str(n), "Paris", plain=True) for n in range(2)])
+    assert found["right"].all() and found["ends"].tolist() == [True, False] and found["no_loops"].tolist() == [True, False]
+
+
 def test_form_by_a_schema_of_ones_own():
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}, "required": ["n"]}
     asked = [Example("own", str(n), "", schema=schema) for n in range(3)] + [Example("own", "3", "not JSON", schema=schema)]

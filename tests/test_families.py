@@ -33,15 +33,18 @@ from helpers.measure.tasks import Item
 from helpers.methods.awq import Awq
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
+from helpers.methods.int8 import RowInt8
+from helpers.methods.nf4 import Nf4
 from helpers.models.branches import branch
 from helpers.models.checkpoint import quantize_to
-from helpers.models.layers import UnknownStructure, common_group, hooked, left_alone, linears
+from helpers.models.layers import UnknownStructure, common_group, hooked, left_alone, linears, linears_apart
 from helpers.models.method import Gram, Method
 from helpers.models.outliers import add_outliers
 from helpers.models.quantize import quantize_model, quantized
 from helpers.models.reading import load_simulated
 from helpers.models.source import Source
 from helpers.models.walk import walk
+from helpers.toolkits.artefacts import reload
 
 SIZES = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 MLP = SIZES | {"intermediate_size": 256, "num_key_value_heads": 2}
@@ -201,6 +204,19 @@ def test_every_method_to_a_file_and_back(model, name, tmp_path):
     assert outcome.left == [] and len(outcome.notes) <= len(list(linears(source)))
     assert (logits(ours) - logits(source)).norm() < 0.5 * logits(source).norm()
     assert measured_bytes(tmp_path / "out") == predicted_bytes(source.config, method)
+
+
+@pytest.mark.parametrize("method", [Nf4(), RowInt8(), Awq(4, 32)], ids=str)
+def test_linears_outside_of_the_blocks_stay_in_transformers(method, tmp_path):
+    """As in OPT-350m, whose embeddings are narrower than its blocks."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OPTConfig(**SIZES, ffn_dim=256, word_embed_proj_dim=64)).half().eval()
+    assert linears_apart(model) == ["model.decoder.project_out", "model.decoder.project_in"]
+    model.save_pretrained(tmp_path / "source")
+    quantize_to(tmp_path / "out", tmp_path / "source", method, TOKENS)
+    theirs = logits(reload(tmp_path / "out")).float()
+    ours = logits(load_simulated(tmp_path / "out"))
+    assert (theirs - ours).norm() < 0.02 * ours.norm()
 
 
 def test_what_is_no_linear_is_named():

@@ -7,18 +7,21 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from helpers.files import folder_hash, weight_files
 from helpers.measure import tasks
 from helpers.measure.answers import generate
+from helpers.measure.bytes import measured_bytes
 from helpers.measure.quality import score
 from helpers.measure.tasks import Example, applicable, encode, encode_all, encode_text, examples, text
 from helpers.methods.rtn import Rtn
 from helpers.models.layers import Fold, UnknownStructure, common_group, left_alone, linears
 from helpers.models.outliers import add_outliers
 from helpers.models.quantize import quantize_model, quantized
-from helpers.models.source import BUNDLED, ModelUnavailable, Source, load, resolve
+from helpers.models.source import BUNDLED, ModelUnavailable, Source, load, resolve, stored_names
 from helpers.models.texts import BadData, calibration, context_of, random_tokens, read_text, windows
 from helpers.models.walk import first_step
 from helpers.toolkits.process import ORIGINALS
@@ -104,6 +107,38 @@ def test_damaged_and_unreachable_models_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelUnavailable, match=r"'bundled'.*hf download nobody/nothing --revision abc"):
         load("nobody/nothing", revision="abc")
+
+
+def test_what_is_no_source_says_so(tmp_path):
+    """A model that is quantized already, whose codes are no weights; a download that broke off; a device that is not there."""
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    for read in (lambda: load(str(tmp_path / "m")), lambda: Source.from_folder(tmp_path / "m")):
+        with pytest.raises(ModelUnavailable, match=r"m/config.json: the model is quantized already \(fp8\)"):
+            read()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
+    with pytest.raises(ModelUnavailable, match=r"m/model.safetensors is not a whole safetensors file"):
+        Source.from_folder(tmp_path / "m")
+    for device in ("cuda:17", "gpu"):
+        for read in (lambda at=device: load("bundled", device=at), lambda at=device: Source.from_folder(BUNDLED, at)):
+            with pytest.raises(ModelUnavailable, match=f"device '{device}' cannot be used"):
+                read()
+
+
+def test_weights_that_are_there_twice_count_once(tmp_path):
+    """Some repositories hold a second copy of the weights under the names of another library."""
+    before = folder_hash(BUNDLED), measured_bytes(BUNDLED)
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    save_file({f"other.{n}": t for n, t in load_file(BUNDLED / "model.safetensors").items()},
+              tmp_path / "m" / "consolidated.safetensors")
+    assert (folder_hash(tmp_path / "m"), measured_bytes(tmp_path / "m")) == before
+    assert set(stored_names(tmp_path / "m")) == set(stored_names(BUNDLED))
+    load(str(tmp_path / "m")).model.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
+    named = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {f.name for f in weight_files(tmp_path / "shards")} == set(named.values()) and len(set(named.values())) > 3
 
 
 def test_tied_and_16_bit_models_load(tiny, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import resource
+import shutil
 from dataclasses import replace
 
 import jsonschema
@@ -16,8 +17,12 @@ from helpers.book import random_llama
 from helpers.files import folder_hash
 from helpers.harness import named, report
 from helpers.harness.gates import parse_gates
-from helpers.harness.study import prepared
-from helpers.harness.variants import Missing, ToolkitArtefact
+from helpers.harness.measures import Form
+from helpers.harness.served import Served
+from helpers.harness.study import prepared, some
+from helpers.harness.variants import Missing, Original, ToolkitArtefact
+from helpers.measure.tasks import Example
+from helpers.models.source import BUNDLED
 from helpers.page import to_html
 from helpers.store import Store
 from helpers.toolkits import process
@@ -40,6 +45,26 @@ def compared(tmp_path_factory):
 def found(compared):
     study, measured = compared
     return report.results(study, measured, study.verdict(measured))
+
+
+def test_what_is_generated_is_asked_anew_if_what_decides_it_changes(tmp_path):
+    """The questions, and the files by which they become tokens and answers end."""
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    asked, of = [Example("own", "Why?", "Because")], lambda: Original(str(tmp_path / "m"))
+    keys = {json.dumps(Form([change], of()).key) for change in (
+        asked[0], replace(asked[0], plain=True), replace(asked[0], schema={}), replace(asked[0], prompt="When?"))}
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((tmp_path / "m" / name).read_text())
+        (tmp_path / "m" / name).write_text(json.dumps(settings | {"eos_token_id": 7, "chat_template": "{{ messages }}"}))
+        keys |= {json.dumps(m.key) for m in (Form(asked, of()), Served(asked, of(), (1.0,)))}
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize("count", [0, 1, 59, 60, 61, 119, 650])
+def test_some_of_the_questions_are_of_all_the_list(count):
+    taken = some(range(count))
+    assert len(set(taken)) == len(taken) == min(60, count) and sorted(taken) == taken
+    assert not count or (taken[0] == 0 and taken[-1] >= count - 1 - count / 60)
 
 
 def test_results_are_as_their_schema_says(compared, found, tmp_path):

@@ -156,6 +156,9 @@ def test_the_manifest_of_a_comparison_can_be_executed():
     assert found == {"roll_back_unless": {"json_parses": 0.95, "right": pytest.approx(0.72), "answered": 0.9,
                                           "in_time": 0.95}, "first_token_ms": 1000}
     assert limits(gates, None)["roll_back_unless"]["right"] == 0.7
+    by_task = parse_gates({"recovery": {"overall": 0.9, "json": 0.8}, "exact": {"overall": 0.7}})
+    assert limits(by_task, 0.8)["roll_back_unless"]["right"] == pytest.approx(0.72)
+    assert limits(by_task, None)["roll_back_unless"]["right"] == 0.7
     assert parsed(SOUND | found).first_token_ms == 1000
 
 

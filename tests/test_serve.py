@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.rollout import breaking, spoiled
-from helpers import rollout
+from helpers import replay, rollout
 from helpers.harness import load as loads
 from helpers.harness import serve
 from helpers.harness.load import GENERATOR, Load, gaps_ms, load
@@ -35,10 +35,11 @@ from helpers.harness.serve import (
     log_probabilities,
     serving,
 )
+from helpers.harness.served import shadow
 from helpers.harness.stream import completion
 from helpers.measure import quality
 from helpers.measure.answers import greedy
-from helpers.measure.tasks import encode, examples
+from helpers.measure.tasks import Example, encode, examples
 from helpers.methods.gptq import Gptq
 from helpers.models.checkpoint import quantize_to
 from helpers.models.reading import load_simulated
@@ -145,6 +146,20 @@ def test_answers_and_gaps(address):
     assert "arrive in clumps" in loads._clumped(Server(address, "clumps"), ["a"] * 4, NEW, 1.0)
     assert loads._clumped(Server(address, "steady"), ["a"] * 4, NEW, 2.0) is None
     assert "could not be seen" in loads._clumped(Server(address, "503"), ["a"] * 4, NEW, 1.0)
+
+
+def test_two_servers_that_fail_alike_do_not_agree(bundled):
+    asked, failed = [Example("own", "Why?", "")], serve.Answer([], False, "no token ids")
+    said = serve.Answer([5, 6], True, None)
+    assert len(shadow(asked, [failed], [failed], bundled.tokenizer)) == 1
+    assert len(shadow(asked, [said], [failed], bundled.tokenizer)) == 1 and not len(shadow(asked, [said], [said], None))
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_rates_are_above_zero(rate, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        replay.parse(["log.jsonl", "a", "b", "--rates", rate])
+    assert f"expected requests a second, above 0, got {rate}" in capsys.readouterr().err
 
 
 def test_an_address_where_nothing_is(address):

@@ -242,7 +242,7 @@ def test_the_aim_on_the_real_model():
     kl = {r: np.array([of[w][r]["kl"][0] for w in REAL]) for r in of["novel"]}
     less = 1 - kl["GPTQ, desc_act, searched scales"] / kl[default]
     assert [round(100 * f(less)) for f in (min, max)] == [7, 13]
-    before = [carry.share(carry.rows("recipes", w)[AT4 + best], carry.rows("recipes", w)[AT4 + "GPTQ, desc_act, searched scales"])
+    before = [carry.share((rows := carry.rows("recipes", w))[AT4 + best], rows[AT4 + "GPTQ, desc_act, searched scales"])
               for w in REAL]
     assert [round(-f(i.estimate for i in before)) for f in (max, min)] == [10, 19] and all(i.high < 0 for i in before)
     assert (kl[default] < 0.5 * kl["GPTQ, symmetric"]).all()

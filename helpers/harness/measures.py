@@ -36,7 +36,7 @@ class Form:
     @cached_property
     def key(self) -> dict:
         return {"measure": self.name, "device": self.device, "new_tokens": self.new_tokens,
-                "asked": key_hash([[e.id, e.prompt, e.answer, e.schema] for e in self.asked]), **circumstances()}
+                "asked": key_hash([vars(e) for e in self.asked]), "wording": self.reference.wording, **circumstances()}
 
     def of(self, variant: Variant) -> dict[str, np.ndarray]:
         tokenizer = AutoTokenizer.from_pretrained(self.reference.folder)

@@ -149,8 +149,8 @@ def limits(gates: Sequence[Gate], right: float | None) -> dict[str, Any]:
     for g in gates:
         if g.field.startswith("form."):
             found[g.field.removeprefix("form.")] = round(g.limit, 6)
-        elif g.field == "exact" or (g.field == "recovery" and right):
-            found["right"] = round(max(found.get("right", 0), g.limit * (1 if g.field == "exact" else right)), 4)
+        elif (field := g.field.removesuffix(".overall")) == "exact" or (field == "recovery" and right):
+            found["right"] = round(max(found.get("right", 0), g.limit * (1 if field == "exact" else right)), 4)
         elif g.field.startswith("served errors") and g.below:
             found["answered"] = round(1 - g.limit, 6)
         elif (late := re.fullmatch(r"served at .*, ttft_ms p\((\d+)\)", g.field)) and g.below:

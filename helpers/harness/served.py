@@ -31,8 +31,8 @@ class Served:
 
     @property
     def key(self) -> dict:
-        return {"measure": self.name, "asked": key_hash([e.prompt for e in self.asked]), "rates": self.rates,
-                "requests": self.requests, "new_tokens": self.new_tokens, **circumstances()}
+        return {"measure": self.name, "asked": key_hash([vars(e) for e in self.asked]), "wording": self.reference.wording,
+                "rates": self.rates, "requests": self.requests, "new_tokens": self.new_tokens, **circumstances()}
 
     def of(self, variant: Variant) -> dict[str, np.ndarray]:
         """Raises EngineMissing, EngineRefused, EngineFailed."""
@@ -67,7 +67,7 @@ def shadow(asked: Sequence[Example], first: Sequence[Answer], second: Sequence[A
     """A prompt log replayed through two servers: the prompts that they answer differently, or that one of them failed on."""
     return pd.DataFrame([{"prompt": e.prompt, "first": a.error or tokenizer.decode(a.tokens, skip_special_tokens=True),
                           "second": b.error or tokenizer.decode(b.tokens, skip_special_tokens=True)}
-                         for e, a, b in zip(asked, first, second, strict=True) if (a.error, a.tokens) != (b.error, b.tokens)],
+                         for e, a, b in zip(asked, first, second, strict=True) if a.error or b.error or a.tokens != b.tokens],
                         columns=["prompt", "first", "second"])
 
 

@@ -72,12 +72,12 @@ class Study:
         """The form of generated answers, of some 60 questions that want JSON and as many others."""
         json_wanted = [e for e in self.judge if structured(e)]
         others = [e for e in self.judge if not structured(e)]
-        taken = [e for part in (json_wanted, others) for e in part[::max(1, len(part) // 60)][:60]]
+        taken = [e for part in (json_wanted, others) for e in some(part)]
         return Form(taken, self.full, self.device)
 
     def latency(self) -> Latency:
         """Of up to 60 of the questions, so that a p95 may be printed; without any, of random tokens."""
-        taken = [prompt_ids(self.tokenizer, e) for e in self.judge[::max(1, len(self.judge) // 60)][:60]]
+        taken = [prompt_ids(self.tokenizer, e) for e in some(self.judge)]
         noise = np.random.default_rng(0).integers(5, self.full.config.get_text_config().vocab_size, (60, 128)).tolist()
         return Latency(taken or noise, device=self.device)
 
@@ -99,7 +99,7 @@ class Study:
     def served(self, rates: Sequence[float]) -> Served:
         """On an engine: the rates asked for, and those of the gates."""
         asked_for = sorted({*map(float, rates), *(g.rate for g in self.gates if g.rate is not None)})
-        return Served(self.judge[::max(1, len(self.judge) // 60)][:60], self.full, tuple(asked_for))
+        return Served(some(self.judge), self.full, tuple(asked_for))
 
     def measure(self, executor: Executor | None = None, progress: bool = True, rates: Sequence[float] = ()
                 ) -> dict[str, Measured]:
@@ -154,6 +154,12 @@ def _measured(v: Variant, done: Done, times: Mapping | None, loads: Mapping[str,
         {k: float(x) for k, x in arrays["memory"].items()} if "memory" in arrays else None, times,
         Served.by_rate(arrays["served"]) if "served" in arrays else {}, loads,
         failed={m: why for (m, name), why in done.failed.items() if name == v.name})
+
+
+def some(asked: Sequence[Example], most: int = 60) -> list[Example]:
+    """So many of them, evenly, from all of the list."""
+    few = min(most, len(asked))
+    return [asked[i * len(asked) // few] for i in range(few)]
 
 
 def _fitting(asked: Sequence[Example], tokenizer, full: Original) -> list[Example]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from helpers.files import PROVENANCE, file_hash, folder_hash, key_hash
+from helpers.files import PROVENANCE, file_hash, folder_hash, key_hash, wording_hash
 from helpers.measure.bytes import bits_a_weight, measured_bytes, predicted_bytes, weights_inside
 from helpers.methods.keep import Keep
 from helpers.models.formats import FORMATS
@@ -74,7 +74,6 @@ def loaded(model: str, revision: str | None, dtype: str, device: str) -> Loaded:
 @dataclass(frozen=True)
 class Original:
     """The unquantized model; `change`, a function, makes another of it that counts as unquantized too (outliers)."""
-
     model: str = "bundled"
     revision: str | None = None
     dtype: str = "float32"
@@ -83,6 +82,7 @@ class Original:
 
     plan: ClassVar[Plan] = Plan(Keep())
     weights = cached_property(lambda self: folder_hash(self.folder))  # once: the key of every cell has it
+    wording = cached_property(lambda self: wording_hash(self.folder))
 
     @property
     def folder(self) -> Path:
@@ -93,8 +93,8 @@ class Original:
         return AutoConfig.from_pretrained(self.folder)
 
     def key(self) -> dict[str, Any]:
-        return {"weights": self.weights, "config": file_hash(self.folder / "config.json"), "dtype": self.dtype,
-                "change": self.change and key_hash(getsource(self.change))}
+        change, config = self.change and key_hash(getsource(self.change)), file_hash(self.folder / "config.json")
+        return {"weights": self.weights, "config": config, "dtype": self.dtype, "change": change}
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         model = loaded(self.model, self.revision, self.dtype, device).model

@@ -125,11 +125,11 @@ def form(answers: Sequence[Said], asked: Sequence[Example]) -> dict[str, np.ndar
     the answer is the first line."""
     rows = []
     for s, e in zip(answers, asked, strict=True):
-        if e.plain and "\n" in s.text:
+        if cut := e.plain and "\n" in s.text:
             s = replace(s, text=s.text.split("\n")[0].strip(), ended=True)
         whole = parses(s.text)
         holds = whole and jsonschema.Draft202012Validator(schema_of(e)).is_valid(json.loads(s.text)) if structured(e) else True
-        rows.append((e.id, e.task, s.text, structured(e), is_correct(e, s.text), s.ended, not loops(s.tokens),
+        rows.append((e.id, e.task, s.text, structured(e), is_correct(e, s.text), s.ended, cut or not loops(s.tokens),
                      whole or not structured(e), holds))
     names = ("id", "task", "text", "structured", "right", "ends", "no_loops", "json_parses", "schema")
     return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from helpers.files import weight_files
 from helpers.models.checkpoint import format_for
 from helpers.models.formats import ANY
 from helpers.models.layers import blocks_of, linears
@@ -83,7 +84,7 @@ def weights_inside(config: PretrainedConfig) -> int:
 def measured_bytes(folder: Path) -> int:
     """Bytes of the tensors in a folder's safetensors; the file headers and bitsandbytes' notes left out."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as f:
             for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 tensor = f.get_tensor(name)

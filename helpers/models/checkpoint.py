@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.files import PROVENANCE, check_replaceable, folder_hash, hashes, key_hash, put_in_place
 from helpers.models.formats import FormatError
-from helpers.models.layers import left_alone
+from helpers.models.layers import left_alone, linears_apart
 from helpers.models.method import Format, Method, Outcome, Plan, PlanError
 from helpers.models.quantize import in_fp16, quantize_model
 from helpers.models.source import Source, lasting_buffers
@@ -67,8 +67,10 @@ class Writer:
             self.shards.append(list(self.tensors))
             self.tensors = {}
 
-    def finish(self, outside: Mapping[str, Tensor], buffers: Mapping[str, Tensor], outcome: Outcome, **provenance) -> None:
-        """The tensors outside of the blocks, settings, hashes and provenance; then the folder takes its name."""
+    def finish(self, outside: Mapping[str, Tensor], buffers: Mapping[str, Tensor], outcome: Outcome, apart: Sequence[str],
+               **provenance) -> None:
+        """The tensors outside of the blocks, `apart` the linears among them, settings, hashes and provenance; then the folder
+        takes its name."""
         self.add_parameters(iter(outside.items()), Outcome())
         self.tensors |= {n: b.detach().cpu().contiguous() for n, b in buffers.items()}
         self._flush()
@@ -81,7 +83,7 @@ class Writer:
         for i, name in enumerate(names):
             (self.folder / f"part{i}.safetensors").replace(self.folder / name)
         quantized = [t.removesuffix(".qweight") for shard in self.shards for t in shard if t.endswith(".qweight")]
-        settings = self.form.settings(self.plan, outcome.left, quantized)
+        settings = self.form.settings(self.plan, outcome.left, quantized, apart)
         config = json.loads((self.source / "config.json").read_text()) | {"quantization_config": settings, "dtype": "float16"}
         config |= {"torch_dtype": "float16"} if "torch_dtype" in config else {}  # the older name of the same field
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -122,5 +124,5 @@ def quantize_to(out: Path, source: Path, plan: Plan | Method, sequences: Sequenc
         outcome = quantize_model(reader, plan, sequences, writer.add, progress, writer.form)
         with reader.present(reader.outside):
             outside = {n: reader.model.get_parameter(n) for n in reader.outside}
-            writer.finish(outside, lasting_buffers(reader.model), outcome, **provenance)
+            writer.finish(outside, lasting_buffers(reader.model), outcome, linears_apart(reader.model), **provenance)
     return outcome

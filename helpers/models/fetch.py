@@ -37,8 +37,9 @@ def from_hub(name: str, revision: str | None) -> Path:
         raise ModelUnavailable(f"model {name!r} is neither 'bundled' nor 'small', nor a folder that exists, nor a hub id "
                                "owner/name")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja",
-                                                                              "merges.txt"]))
+        return Path(snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"],
+            ignore_patterns=["consolidated*"]))  # the same weights once more
     except Exception as error:  # hub, http and file errors of many kinds; all mean the same to the reader
         at = f" --revision {revision}" if revision else ""
         raise ModelUnavailable(

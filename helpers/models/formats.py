@@ -107,7 +107,7 @@ class GptqFormat:
     def reads(self, settings: Mapping) -> bool:
         return settings.get("quant_method") == "gptq" and settings.get("checkpoint_format", "gptq") == self.name
 
-    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str]) -> dict:
+    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str], apart: Sequence[str] = ()) -> dict:
         main = next(m for m in plan.methods() if not m.stays)
         said = {m: {k: getattr(m, k, False) for k in ("bits", "group_size", "sym", "desc_act")} for m in plan.methods()}
         dynamic = {f"-:{exactly(n)}": {} for n in (*left, *wholes(left))}
@@ -151,10 +151,10 @@ class AwqFormat:
             raise FormatError("quantization_config: of AWQ files only version gemm with zero points and 4 bits is known")
         return True
 
-    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str]) -> dict:
+    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str], apart: Sequence[str] = ()) -> dict:
         main = next(m for m in plan.methods() if not m.stays)
         return {"bits": 4, "group_size": main.group_size, "quant_method": "awq", "version": "gemm", "zero_point": True,
-                "modules_to_not_convert": list(left) or None}
+                "modules_to_not_convert": [*apart, *left] or None}
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class BitsAndBytes:
         return settings.get("quant_method") == "bitsandbytes" and all(
             settings.get(k) == v for k, v in self.own.items() if "compute" not in k)
 
-    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str]) -> dict:
-        return {"quant_method": "bitsandbytes", **self.own, "llm_int8_skip_modules": ["lm_head", *left]}
+    def settings(self, plan: Plan, left: Sequence[str], quantized: Sequence[str], apart: Sequence[str] = ()) -> dict:
+        return {"quant_method": "bitsandbytes", **self.own, "llm_int8_skip_modules": ["lm_head", *apart, *left]}
 
 
 @dataclass(frozen=True)

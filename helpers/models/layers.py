@@ -57,6 +57,12 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((f"{path}.{n}", m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear))
 
 
+def linears_apart(model: nn.Module) -> list[str]:
+    """Names of the linears outside of the blocks, such as projections of embeddings, without the output head."""
+    path, head = blocks_of(model)[0], model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and not n.startswith(f"{path}.")]
+
+
 def left_alone(model: nn.Module) -> list[str]:
     """Names of the matrices inside the blocks that are in no linear, such as fused experts: they stay in 16 bits."""
     path, blocks = blocks_of(model)

@@ -142,8 +142,8 @@ class Format(Protocol):
     def unpack(self, tensors: Mapping[str, Tensor], method: Any) -> Codes:
         """The inverse of `pack`, for files of any toolkit; raises ValueError naming a tensor with a value out of range."""
 
-    def settings(self, plan: "Plan", left: Sequence[str], quantized: Sequence[str]) -> dict:
-        """`quantization_config`."""
+    def settings(self, plan: "Plan", left: Sequence[str], quantized: Sequence[str], apart: Sequence[str] = ()) -> dict:
+        """`quantization_config`; `left` are linears inside of the blocks that stay in 16 bits, `apart` those outside."""
 
     def reads(self, settings: Mapping) -> bool:
         """Whether a `quantization_config` is this format's."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers.files import PROVENANCE, REPORT, file_hash
+from helpers.files import PROVENANCE, REPORT, file_hash, weight_files
 from helpers.models.formats import ANY, FORMATS, FormatError, Stored
 from helpers.models.layers import UnknownStructure, linears
 from helpers.models.method import Codes, Format
@@ -61,7 +61,7 @@ def read_artefact(folder: Path) -> Artefact:
         model = shell(folder)
         names = [n for n, _ in linears(model)]
         tensors, files = {}, {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             tensors |= (part := load_file(path))
             files |= dict.fromkeys(part, path)
         [form] = [f for f in FORMATS if f.reads(settings)]

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers.files import weight_files
 from helpers.models.fetch import ModelUnavailable, from_hub, small
 from helpers.models.layers import blocks_of
 
@@ -49,7 +50,8 @@ def load(name: str = "bundled", revision: str | None = None, dtype: torch.dtype 
 
     Only safetensors are read and no code of the checkpoint is run. Raises ModelUnavailable with what to do.
     """
-    source = resolve(name, revision)
+    source = unquantized(resolve(name, revision))
+    check_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
@@ -57,6 +59,23 @@ def load(name: str = "bundled", revision: str | None = None, dtype: torch.dtype 
         raise ModelUnavailable(f"{source} could not be loaded, its files may be truncated or of another kind: {error}"
                                ) from error
     return Loaded(model.to(device).eval(), tokenizer)
+
+
+def unquantized(folder: Path) -> Path:
+    """The folder, if its weights are numbers and not codes; raises ModelUnavailable."""
+    config = json.loads((folder / "config.json").read_text())
+    if settings := config.get("quantization_config"):
+        raise ModelUnavailable(f"{folder}/config.json: the model is quantized already ({settings.get('quant_method')}): "
+                               "expected one in 16 or 32 bits")
+    return folder
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ModelUnavailable if nothing can be computed there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second of a torch that was built without it
+        raise ModelUnavailable(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def shell(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -104,7 +123,8 @@ class Source:
 
         Where the files have other names than the model (transformers renames and fuses some), it is loaded whole after all.
         """
-        source = cls(shell(folder, dtype), Path(folder), device)
+        check_device(device)
+        source = cls(shell(unquantized(folder), dtype), folder, device)
         there = set(stored_names(folder))
         if any(n not in there for n, _ in source.model.named_parameters() if n not in tied_names(source.model)):
             return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval())
@@ -133,18 +153,28 @@ class Source:
                 yield f"{self.path}.{i}", block
 
 
+@contextmanager
+def opened(path: Path):
+    """A safetensors file; raises ModelUnavailable naming it."""
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise ModelUnavailable(f"{path} is not a whole safetensors file, fetch it again: {error}") from error
+
+
 def stored_names(folder: Path) -> Iterator[str]:
     """The names of the tensors in a model folder."""
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
+    for path in weight_files(folder):
+        with opened(path) as f:
             yield from f.keys()
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of a model folder's safetensors, one at a time; raises ModelUnavailable naming what is not there."""
     wanted = set(names)
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
+    for path in weight_files(folder):
+        with opened(path) as f:
             for name in wanted & set(f.keys()):
                 yield name, f.get_tensor(name)
                 wanted.remove(name)
