@@ -51,7 +51,7 @@ def methods(case: Case, model: str) -> list[str]:
 
 
 def run(case: Case, model: str) -> dict:
-    """One comparison, run now if none of the same questions, limits, weights and code was: the exit status, and results.json."""
+    """One comparison, run now if none of the same questions, limits, weights and code was: exit status, and results.json."""
     same = [circumstances(), Original(model).weights, methods(case, model), *map(file_hash, (case.prompts(model), case.gates))]
     out = BUILD / "cases" / f"{model}-{case.name}-{key_hash(same)}"
     argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),

@@ -145,7 +145,7 @@ for ax, d in zip(axes[0], decisions.values(), strict=True):
 # width. What stands for it is GPTQ with 8 bits in the linears that write into the residual stream.)
 
 # %% tags=["nbval-ignore-output"]
-harder = decided(CASES["doses"], run_on["model"], gates=parse_gates({"recovery": 0.97, "kl": "< 0.0004"}), **where)
+harder = decided(list(turned.values())[-1], run_on["model"], gates=parse_gates({"recovery": 0.97, "kl": "< 0.0004"}), **where)
 print(f"pick: {harder.pick or 'none'}; fallback: {harder.fallback}")
 pd.DataFrame(rows(harder), columns=["tried", "outcome", "by", "then"])
 
