@@ -190,7 +190,8 @@ if isinstance(cases, pd.DataFrame):
 #   fifth of this model is its embedding, which stays in 16 bits, and 0.61 of the bytes are left, not 0.5.
 # - *Doses*, failed: AWQ (the article's choice) keeps the answers, at a KL of 0.13, of 0.001 that is allowed; 8 bits: 0.004.
 #
-# Our default is not among them: these cases are older than its order of columns.
+# Our default is not among them: these cases are older than its order of columns, and than the wider intervals of KL that gates
+# have now ([chapter 9](09_harness.ipynb)).
 #
 # A limit on KL that suits one model says little on another: these were set by what the bundled one shows. Set yours from what
 # 8 bits and your own answers show.

@@ -143,7 +143,7 @@ def test_what_was_not_measured_is_undecided():
     assert tuple(Gate("x", missing, True, 1).check(None, None)) == ("x < 1", UNDECIDED, None, "no time")
 
 
-@pytest.mark.parametrize("limit", ["< 0.24", "> 0.24", "< 0.18", "> 0.18"])
+@pytest.mark.parametrize("limit", ["< 0.24", "> 0.24", "< 0.185", "> 0.185"])
 def test_so_many_times_the_sample_decide(limit):
     """The promise kept: a quarter more than is said decides, a quarter less does not."""
     kl = np.random.default_rng(0).exponential(0.2, 60)
@@ -174,8 +174,9 @@ def test_what_gates_measure_by_hand():
     tokens = np.array([1, 3] * 20)
     q = scores(nll=tokens * 0.5, kl=[0.1] * 20 + [0.4] * 20, exact=after, tokens=tokens, tasks=tasks, agree=tokens * 1.0)
     full = measured(questions=scores(nll=tokens * 0.25, exact=before, tokens=tokens, tasks=tasks),
-                    texts=scores(nll=[0, 10, 20], tokens=[9, 9, 9], tasks=["tales"] * 3))
-    v = measured(questions=q, texts=scores(nll=[10, 20, 30], tokens=[9, 9, 19], tasks=["tales", "tales", "more"]))
+                    texts=scores(nll=[10] * 21, tokens=[9] * 21, tasks=["tales"] * 21))
+    v = measured(questions=q, texts=scores(nll=[10] * 10 + [20] * 10 + [30], tokens=[9] * 20 + [19],
+                                           tasks=["tales"] * 20 + ["more"]))
     assert only({"recovery": 0.9}, v, full).interval == recovery_interval(after, before, 0.9)
     assert only({"recovery": {"a": 0.9}}, v, full).interval.estimate == pytest.approx(16 / 20)
     assert only({"recovery": {"b": 0.9}}, v, full).interval.estimate == 1
@@ -185,8 +186,10 @@ def test_what_gates_measure_by_hand():
     assert only({"kl": {"b": "< 1"}}, v, full).interval.estimate == pytest.approx(20 * 0.4 / 40)
     assert tuple(only({"delta_nll": "< 1"}, v, full).interval) == pytest.approx((0.25, 0.25, 0.25))
     # of a text all tokens count, of an answer its own
-    assert only({"perplexity": "< 9"}, v).interval.estimate == pytest.approx(np.exp((20 + 30 + 40) / 40))
+    assert only({"perplexity": "< 9"}, v).interval.estimate == pytest.approx(np.exp((10 * 20 + 10 * 30 + 40) / 220))
     assert only({"perplexity": {"tales": "< 9"}}, v).interval.estimate == pytest.approx(np.exp((20 + 30) / 20))
+    few = measured(questions=scores(nll=[1.0] * 19, kl=[0.1] * 19, exact=[True] * 19, tokens=[1.0] * 19, tasks=["a"] * 19))
+    assert only({"kl": "< 1"}, few, full).outcome == UNDECIDED and "fewer than 20" in only({"kl": "< 1"}, few, full).reason
     assert only({"kl": {"more": "< 1"}}, v, full).reason.startswith("a single text")
 
 

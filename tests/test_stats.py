@@ -17,8 +17,10 @@ from helpers.measure.stats import (
     recovery_interval,
     share_difference,
     share_interval,
+    studentized_interval,
     swap_test,
 )
+from helpers.store import values
 
 
 def test_ratio_interval_covers_as_often_as_it_says():
@@ -270,3 +272,21 @@ def test_rank_correlation_of_too_little():
         rank_correlation([1, 2, 3, 4], [7, 7, 7, 7])
     few = rank_correlation([1, 2, 3, 4], [1, 2, 3, 5])  # of some resamples all four are one pair
     assert few == pytest.approx((1, 1, 1))
+
+
+def test_bounds_hold_on_skewed_sums():
+    """KL of a real comparison, of which few texts hold much: 20 of them at a time, against all."""
+    of = values("sweep_recipes")["recipes, 4 bits: GPTQ, symmetric"]
+    kl, tokens, rng, above = np.atleast_2d(of["answer_kl"])[0], of["tokens"], np.random.default_rng(1), np.zeros(2)
+    for _ in range(300):
+        at = rng.integers(0, len(kl), 20)
+        above += [interval(kl[at], tokens[at], 0.9, 400).high < kl.sum() / tokens.sum()
+                  for interval in (studentized_interval, ratio_interval)]
+    assert above[0] / 300 < 0.1 < 0.14 < above[1] / 300
+
+
+def test_studentized_interval_of_a_constant_and_of_one_text_that_differs():
+    assert tuple(studentized_interval(np.ones(20) * 3, np.ones(20))) == (3, 3, 3)
+    assert tuple(studentized_interval(np.zeros(20), np.ones(20))) == (0, 0, 0)
+    one = studentized_interval(np.eye(20)[0], np.ones(20))
+    assert one.estimate == 0.05 and one.low <= 0.05 < one.high and np.isfinite(one).all()

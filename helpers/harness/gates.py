@@ -1,7 +1,8 @@
 """Limits that a variant has to keep, read from a YAML file, and what each says of it: pass, fail, or undecided.
 
 A gate compares an interval with a limit. Each of the interval's bounds holds with 95 % (so it is a 90 % interval): a variant
-that misses its limit passes at most one time in twenty, one that keeps it fails at most as often.
+that misses its limit passes about one time in twenty at most, one that keeps it fails at most as often. Of KL and loss nothing
+is said with fewer than 20 texts, where the bounds would not hold.
 """
 
 import json

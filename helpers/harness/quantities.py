@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from helpers.harness.measured import Measured, NotMeasured
-from helpers.measure.stats import Interval, quantile_interval, ratio_interval, recovery_interval, share_interval
+from helpers.measure.stats import Interval, quantile_interval, recovery_interval, share_interval, studentized_interval
 
 GATES = 0.9  # confidence of the intervals
+LEAST = 20  # texts
 Quantity = Callable[[Measured, Measured], Interval]  # of (the variant, full precision)
 
 
@@ -16,9 +17,9 @@ def exactly(value: float) -> Interval:
 
 
 def _ratio(sums: np.ndarray, tokens: np.ndarray) -> Interval:
-    if len(tokens) < 2:
-        raise NotMeasured("a single text: nothing can be said of others")
-    return ratio_interval(sums, tokens, GATES)
+    if len(tokens) < LEAST:
+        raise NotMeasured(f"{len(tokens)} texts: with fewer than {LEAST} the bounds would not hold as often as they say")
+    return studentized_interval(sums, tokens, GATES)
 
 
 def recovery(task: str) -> Quantity:

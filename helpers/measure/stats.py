@@ -59,6 +59,29 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.9
     return Interval(sums.mean(0).sum() / counts.sum(), *np.quantile(means, [tail, 1 - tail]))
 
 
+def studentized_interval(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.95, resamples: int = 2000,
+                         seed: int = 0) -> Interval:
+    """Bootstrap-t interval of sum(sums) / sum(counts) over texts (Efron and Tibshirani 1993, section 12.5), for one draw.
+
+    Where a few texts hold much of the sum, as with KL, percentiles (`ratio_interval`) stop short on the long side: with 20
+    texts the truth is above their 95 % bound one time in five, and above this one's one time in fifteen. So limits use this.
+    """
+    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    estimate, error = _ratio_and_error(sums, counts)
+    drawn = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
+    estimates, errors = _ratio_and_error(sums[drawn], counts[drawn])
+    away = (estimates - estimate) / np.maximum(errors, 1e-9 * error or 1)
+    tail = (1 - confidence) / 2
+    return Interval(float(estimate), *(estimate - error * np.quantile(away, [1 - tail, tail])))
+
+
+def _ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sum(sums) / sum(counts) over the last axis, and its standard error, linearised."""
+    ratio, texts = sums.sum(-1) / counts.sum(-1), sums.shape[-1]
+    left = sums - ratio[..., None] * counts
+    return ratio, np.sqrt((left**2).sum(-1) * texts / (texts - 1)) / counts.sum(-1)
+
+
 def share_interval(right: int, total: int, confidence: float = 0.95) -> Interval:
     """Wilson interval of a share of correct answers, `right` of `total`."""
     ci = stats.binomtest(int(right), int(total)).proportion_ci(confidence, method="wilson")
