@@ -66,8 +66,8 @@ from helpers.results import read
 pd.set_option("display.max_colwidth", None)
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
-few = min(20, run_on["limit"])  # questions a task
-study = prepared(run_on["model"], **where, methods=["nf4"], limit=few)
+a_task = min(20, run_on["limit"])  # questions
+study = prepared(run_on["model"], **where, methods=["nf4"], limit=a_task)
 full, audit = study.full, Audit()
 draws = 4 if full.folder == BUNDLED else 1  # of a calibrated variant: each takes minutes on a larger model
 LOWER, SAME, HIGHER = SAID[-1], SAID[0], SAID[1]
@@ -204,7 +204,7 @@ requests = windows(calibration(study.tokenizer), 256, 32)
 asks_recall = {"recall_4", "recall_far"} <= {e.task for e in study.judge}
 lost = {}
 if asks_recall:
-    recall = study.quality([*examples("judge", ["recall_4"], 3 * few), *examples("judge", ["recall_far"], 6 * few)])
+    recall = study.quality([*examples("judge", ["recall_4"], 3 * a_task), *examples("judge", ["recall_far"], 6 * a_task)])
     failure = short_windows(study, requests)
     short, long = ([recall.scores(v) for v in redrawn(v, max(1, draws // 2))] for v in (failure.provoked, failure.remedied))
     for task in ("recall_4", "recall_far"):
