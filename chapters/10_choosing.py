@@ -65,7 +65,8 @@ pd.set_option("display.max_colwidth", None)
 
 run_on = settings(model, profile)
 where = {k: run_on[k] for k in ("revision", "dtype", "device")}
-study = prepared(run_on["model"], **where, methods=["nf4"], limit=min(20, run_on["limit"]))
+a_task = min(20, run_on["limit"])  # questions
+study = prepared(run_on["model"], **where, methods=["nf4"], limit=a_task)
 full = study.full
 print(f"{len(study.judge)} questions, of {len({e.task for e in study.judge})} tasks")
 
@@ -354,7 +355,8 @@ assert same
 from helpers.measure.tasks import examples
 
 if full.name and {"recall_4", "recall_far"} <= {e.task for e in study.judge}:
-    recall = replace(study, judge=[*examples("judge", ["recall_4"], 60), *examples("judge", ["recall_far"])])
+    recall = replace(study, judge=[
+        *examples("judge", ["recall_4"], 3 * a_task), *examples("judge", ["recall_far"], 6 * a_task)])
     long = seen(short_windows(recall, requests), recall)
     shown = table([long]).T
 else:
