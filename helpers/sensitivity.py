@@ -18,7 +18,7 @@ from helpers.harness.compare import Quality
 from helpers.harness.planner import BITS, GROUPS, Planner, settings, single_kl
 from helpers.harness.sensitivity import Sensitivity, table
 from helpers.harness.study import material
-from helpers.measure.stats import ratio_interval
+from helpers.measure.stats import studentized_interval
 from helpers.measure.tasks import encode_all
 from helpers.methods.gptq import Gptq
 from helpers.models.formats import GPTQ, GPTQ_V2
@@ -74,7 +74,7 @@ def run(options: Namespace) -> None:
     plt.close(figure)
     quality = Quality(judge, given.full, sensitivity.store, options.device)
     plan, other = (quality.scores(planner.simulated(p)).answer for p in (choice.chosen, choice.uniform))
-    apart = ratio_interval(plan.kl - other.kl, plan.tokens)
+    apart = studentized_interval(plan.kl - other.kl, plan.tokens)
     save_plan(options.out / "plan.json", choice.chosen, given.full, bits=planner.bits(choice.chosen), why=str(choice),
               kl=list(plan.kl_interval()), kl_less_uniform=list(apart))
     print(f"on the questions to choose by: {choice}\non those to judge by: KL {plan.kl_interval()}"

@@ -10,7 +10,7 @@ from helpers.harness.compare import Quality
 from helpers.harness.sensitivity import Sensitivity
 from helpers.harness.variants import Simulation
 from helpers.measure.bytes import bits_a_weight, weights_inside
-from helpers.measure.stats import Interval, ratio_interval
+from helpers.measure.stats import Interval, studentized_interval
 from helpers.methods.gptq import Gptq
 from helpers.models.method import Format, Method, Plan
 from helpers.store import Cell
@@ -108,7 +108,7 @@ class Planner:
         uniform = self.uniform(bits, rivals) or [plan]  # where no setting is as small, there is nothing to be better than
         scores = {p: judged.scores(self.simulated(p)).answer for p in dict.fromkeys((*uniform, plan))}
         best = min(uniform, key=lambda p: scores[p].kl.sum())
-        return Choice(plan, best, ratio_interval(scores[plan].kl - scores[best].kl, scores[best].tokens))
+        return Choice(plan, best, studentized_interval(scores[plan].kl - scores[best].kl, scores[best].tokens))
 
     @cached_property
     def judge(self) -> Quality:
