@@ -41,7 +41,7 @@ from helpers.store import Cell, Store
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 4}  # 77 M parameters
-FEWEST_FOR_P95 = 60
+FEWEST_FOR_P95 = 59  # chapter 9 works it out
 
 
 @dataclass(frozen=True)

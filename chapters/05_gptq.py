@@ -429,7 +429,7 @@ pd.DataFrame(rows).T
 # - *desc_act* takes two fifths of plain GPTQ's KL away on the real model, searched scales a fifth, both together half, on
 #   every kind of text. On the bundled model none of them can be told from plain GPTQ.
 # - *The group-aware order* takes a third off the KL of symmetric GPTQ with searched scales on the real model, as much as
-#   desc_act does or a little more, in a file that every engine reads, and loses no right answer that could be told. On the
+#   desc_act does or a little more, in a file of the same kind, and loses no right answer that could be told. On the
 #   bundled model it cannot be told from the order as it is.
 # - *AWQ* has twice plain GPTQ's KL on the bundled model, and 0.6 to 0.7 of it on the real one. GPTQ with desc_act and searched
 #   scales has less than AWQ on both, and so has `Gptq()`.

@@ -64,7 +64,8 @@ profile = None  # a name from helpers/profiles.json, instead of `model`
 # $$\min_x \sum_{l,o} d_{lo} x_{lo} \;\text{with}\; \sum_{l,o} b_{lo} x_{lo} \le B, \; \sum_o x_{lo} = 1, \; x_{lo} \in \{0,
 # 1\} \tag{7.1}$$
 #
-# is a knapsack with one choice a layer, which an integer program solves exactly.
+# ($l$ is a layer, $o$ one of its options, with the damage $d_{lo}$ and $b_{lo}$ bits; $x_{lo} = 1$ if it is taken, and $B$ is
+# the budget) is a knapsack with one choice a layer, which an integer program solves exactly.
 
 # %%
 from itertools import product
@@ -190,7 +191,7 @@ figure.colorbar(image, ax=axes, label="KL (nats/token)", shrink=0.7)
 plt.show()
 
 # %% [markdown]
-# *KL of the model in which one linear is quantized, in thousandths of a nat a token; one scale of colours for all.*
+# *KL of the model in which one linear is quantized, the numbers in thousandths of a nat a token; one scale of colours for all.*
 
 # %%
 def by(what, setting):
@@ -251,7 +252,7 @@ for name, f in frames.items():
 # (205 of 641); on the bundled model they are in the middle, and `o_proj` is first, which on this one is nearly last. By
 # rounding `down_proj` leads. *The last block* alone does 18 % of the damage by rounding and 8 % by GPTQ, where one block in
 # thirty would do 3 %; on the bundled model, by rounding, it is the first. *The head* by GPTQ does twice what the worst
-# block does. Queries do least on both models.
+# block does. By GPTQ queries do least on both models.
 #
 # So which layers to raise is to be measured on the model at hand. By the maps 8 bits for `o_proj` should help the bundled model
 # most, and 8 bits for the values the real one. Do they? (Of the real one two kinds were tried.) Everything at 3 bits by GPTQ
@@ -306,7 +307,8 @@ for kind, a in failing.items():
 # %% [markdown]
 # Values and attention outputs first, and with them everything that has a form: JSON, tool calls and condensing lose half to
 # four fifths of their answers. Facts of the tail and two-step arithmetic go with any kind, queries and keys included. Recall
-# of near pairs never fails. The MLP, three quarters of the weights, loses a few rare facts.
+# of near pairs never fails. Each linear of the MLP, a quarter of the weights, loses 33 to 44 of the 520 answers, somewhat fewer
+# than queries or keys: most of them facts of the tail and arithmetic.
 #
 # %% [markdown]
 # ## Upwards
@@ -314,9 +316,9 @@ for kind, a in failing.items():
 # Downwards, a layer is quantized in a model without other errors. Upwards, it is put back to 16 bits in a model whose other
 # layers are all at 2 (or 3) bits: EXL3 measures so. What does each way say of the kinds?
 #
-# (This record, the map above and the plans below are of GPTQ in the order of its columns as they are, which was the default
-# when they were measured. On this model no gain of the group-aware order can be told, and on its tuning set a small loss:
-# chapter 12.)
+# (The map above is of GPTQ with scales fitted to the range. This record and the plans below are of searched scales, all above
+# zero. Both have the columns in the order as they are; today's default has scales of either sign and the group-aware order. On
+# this model no gain of that order can be told, and on its tuning set a small loss: chapter 12.)
 
 # %%
 from dataclasses import replace
@@ -336,8 +338,9 @@ for bits, ups in record["upwards"].items():
           f"  of the KL of all at once, single linears sum to {sum(down) / low:.2f} downwards and {sum(up) / low:.2f} upwards")
 
 # %% [markdown]
-# The two ways agree in part (rank correlation 0.5 to 0.6). Upwards, the first two blocks matter most in the model at 2 bits (61
-# and 62 % of its KL, against 25 and 19 % for the last two); downwards the blocks were alike. And damages do not simply add: all
+# The two ways agree in part (rank correlation 0.5 to 0.6). Both ways the first two blocks matter more in the model at 2
+# bits: upwards they are worth 61 and 62 % of its KL, against 25 and 19 % for the last two; downwards they do 62 % of the sum of
+# single effects. And damages do not simply add: all
 # linears together do 1.5 to 5 times what their single effects sum to, and putting single ones back promises more than there is
 # to win.
 #
@@ -377,8 +380,9 @@ figure.supylabel("KL when it alone is quantized (nats/token)", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# All scores tell 2 bits from 4. Of which *linear* is worse at a given width the best of them, ModelOpt's, says a rank
-# correlation of 0.66 [0.38, 0.84]; the weight error, which needs no data, cannot be told from no information.
+# All scores tell 2 bits from 4. Of which *linear* is worse at a given width ModelOpt's, the output error and the error by the
+# energy of inputs say a rank correlation of 0.62 to 0.66, and by 28 linears cannot be told from each other. The weight error,
+# which needs no data, cannot be told from no information, nor can the error by Fisher's diagonal.
 #
 # %% [markdown]
 # What they cost, for all settings together, on the machine of the record (seconds):
@@ -539,8 +543,8 @@ for name in rules + peers:
 
 # %%
 climbed = next(n for n in about if n.startswith("climbed"))
-start = plans[climbed.removeprefix("climbed from the ")]
-print(f"KL {kl_of(climbed).estimate:.4f}; less that of the plan it set out from {paired(plans[climbed], start, 'answer_kl')}")
+origin = plans[climbed.removeprefix("climbed from the ")]
+print(f"KL {kl_of(climbed).estimate:.4f}; less that of the plan it set out from {paired(plans[climbed], origin, 'answer_kl')}")
 
 # %% [markdown]
 # What looked better on 390 tuning questions is not on 520 others: an exchange that is worth less than this many questions can
@@ -631,7 +635,7 @@ print(f"{len(dynamic)} rules in the file; the model read back is the one that wa
 # quantizing both says what it is worth.
 # </details>
 #
-# 2. Plan with the cheap score that ranked best in place of the measured KL.
+# 2. Plan with the cheap score of the largest rank correlation in place of the measured KL.
 #
 # <details><summary>Solution</summary>
 #

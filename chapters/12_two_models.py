@@ -153,7 +153,7 @@ for ax, (name, rows) in zip(axes, whose.items(), strict=True):
         ax.semilogy(range(len(positions)), positions, color="#D55E00", alpha=0.4, linewidth=0.8)
     ax.set_title(name)
     ax.set_xticks(range(0, len(record.data["positions"]), 3), record.data["positions"][::3])
-axes[0].set_ylabel("root mean square")
+axes[0].set_ylabel("root mean square\n/ median position's")
 figure.supxlabel("position in the window", fontsize=9)
 plt.show()
 
@@ -257,9 +257,9 @@ with pd.option_context("display.max_colwidth", None):
 # chosen, and hold. On its questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other
 # one, 0.01 nats/token apart. KL is 0.17 to 0.21 below that of GPTQ with auto-gptq's settings either way.
 #
-# And what should `Gptq()` do where nobody says anything? A symmetric file is what every engine that we tried reads (vLLM on a
-# CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales, of either sign ([chapter 5](05_gptq.ipynb)),
-# make no other kind of file. Beside scales fitted to the range of each group, as auto-gptq has them:
+# And what should `Gptq()` do where nobody says anything? A symmetric file is what transformers, GPTQModel and vLLM read (vLLM
+# on a CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales, of either sign ([chapter
+# 5](05_gptq.ipynb)), make no other kind of file. Beside scales fitted to the range of each group, as auto-gptq has them:
 
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.stats import paired
@@ -274,9 +274,10 @@ for whose in ("bundled", *carry.VOICE_NAMES):
 pd.DataFrame(shown).T
 
 # %% [markdown]
-# On the real model that is a third to a half of the KL (one draw against two), on the bundled one a quarter, for a file that is
-# read everywhere. So `Gptq()` searches. (Asymmetric grids with searched scales are nearer by 0.011 nats/token on the
-# novel; on the real model's other texts, and on the bundled model, no difference can be told.)
+# On the real model that is a third to a half of the KL (one draw against two), on the bundled one a quarter, for a file that
+# is read just as widely. So `Gptq()` searches. (Asymmetric grids with searched scales are nearer by 0.011 nats/token on the
+# novel; on the real model's other texts, and on the bundled model, no difference can be told. In the group-aware order
+# below they are nearer on all three of the real model's texts, by 0.006 to 0.011, one draw each.)
 #
 # The *group-aware order* of columns ([chapter 5](05_gptq.ipynb)) makes no other kind of file either. Beside the order as it is,
 # both with searched scales:

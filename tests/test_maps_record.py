@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.harness.sensitivity import stored, table
+from helpers.harness.sensitivity import stored, table, where
 from helpers.measure.stats import paired, rank_correlation, ratio_interval
 from helpers.methods.gptq import PLAIN, Gptq
 from helpers.methods.rtn import Rtn
@@ -69,6 +69,9 @@ def test_what_fails_first(plans):
         assert all(lost(kind, task) < 0.35 for kind in kinds if kind not in ("v_proj", "o_proj"))
     assert all(lost(kind, task) > 0 for kind in kinds for task in ("facts_tail", "arithmetic_steps"))
     assert all(lost(kind, task) == 0 for kind in kinds for task in ("recall_4", "recall_12"))
+    answers = {kind: int((before["exact"][0] & ~arrays[f"{kind} alone at 2 bits"]["exact"][0]).sum()) for kind in kinds}
+    mlp = [answers[f"{kind}_proj"] for kind in ("gate", "up", "down")]
+    assert (min(mlp), max(mlp)) == (33, 44) and max(mlp) < min(answers["q_proj"], answers["k_proj"])
 
 
 def test_upwards_and_downwards(record):
@@ -81,6 +84,9 @@ def test_upwards_and_downwards(record):
     first, last = ([1 - record["upwards"]["2"][f"block {b}"][0] / record["upwards"]["2"][""][0] for b in part]
                    for part in ((0, 1), (2, 3)))
     assert min(first) > 2 * max(last)
+    by_block = [sum(of[str(Gptq(2, act_group_aware=False))][0] for n, of in record["options"].items() if where(n)[0] == b)
+                for b in range(4)]
+    assert round(sum(by_block[:2]) / sum(by_block), 2) == 0.62
 
 
 def test_cheap_scores(record):
@@ -89,7 +95,9 @@ def test_cheap_scores(record):
     ranks = {score: rank_correlation([of[n][setting] for n in layers], dear) for score, of in record["cheap"]["scores"].items()}
     assert max(ranks, key=lambda s: ranks[s].estimate) == "gradient x output error"
     assert ranks["gradient x output error"].estimate == pytest.approx(0.66, abs=0.01)
-    assert ranks["weight error"].low < 0
+    assert [name for name, i in ranks.items() if i.low < 0] == ["weight error", "Fisher x error"]
+    best = sorted(round(i.estimate, 2) for i in ranks.values())[-3:]
+    assert (best[0], best[-1]) == (0.62, 0.66)
 
 
 def test_no_power_is_the_one(record):

@@ -27,7 +27,8 @@ ENTRIES = {
     "GPTQ": Entry("GPTQ", "as the yardstick of this table", "if a few input channels are far larger than the rest",
                   "our default", "05_gptq.ipynb"),
     "GPTQ, our default": Entry(
-        "GPTQ, symmetric, group aware, searched scales", "the first to try of one method alone: every engine reads the file",
+        "GPTQ, symmetric, group aware, searched scales",
+        "the first to try of one method alone: vLLM reads its file, on a CPU too",
         "with calibration text unlike your requests", "AWQ", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "for less KL still, where the engine reads desc_act and asymmetric grids",
