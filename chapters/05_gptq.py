@@ -449,8 +449,9 @@ pd.DataFrame(rows).T
 #   `awq+gptq`, which has AWQ's scales before it, 10 [-1, 22]. Of the ten recipes with searched scales four lose 12 to 16,
 #   measurably, and a fifth 12 at the edge of it. Eight of the ten, `Gptq()` and `awq+gptq` among them, are
 #   of one draw each.
-# - *Damping* of 0.1, the default of transformers' `GPTQConfig`, and of 0.0001 is worse than 0.01 on the real model, on every
-#   text; on the bundled one 0.0001 is, and a millionth cannot be told.
+# - *Damping* of 0.1, the default of transformers' `GPTQConfig`, of 0.0001 and of a millionth is worse than 0.01 on the real
+#   model, on every text; with a millionth GPTQ loses half as much again as rounding. On the bundled one 0.0001 is worse, and a
+#   millionth cannot be told.
 #
 # The panels of the sweep above, at 3 bits, as far as the real model was put through them. KL of each variant less that of the
 # first that both models have, in % of it, with its interval: 64 windows, windows of 512, instructions, groups of 64, damping of
