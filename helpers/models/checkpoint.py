@@ -67,7 +67,7 @@ class Writer:
             self.shards.append(list(self.tensors))
             self.tensors = {}
 
-    def finish(self, outside: Mapping[str, Tensor], buffers: Mapping[str, Tensor], outcome: Outcome, apart: Sequence[str],
+    def finish(self, outside: Mapping[str, Tensor], buffers: Mapping[str, Tensor], outcome: Outcome, apart: Sequence[str] = (),
                **provenance) -> None:
         """The tensors outside of the blocks, `apart` the linears among them, settings, hashes and provenance; then the folder
         takes its name."""
