@@ -23,7 +23,10 @@ def weight_files(folder: Path) -> list[Path]:
     first two a folder may hold the same weights once more, under other names."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights, fetch it again: {type(error).__name__}: {error}") from error
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 

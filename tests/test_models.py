@@ -117,6 +117,10 @@ def test_what_is_no_source_says_so(tmp_path):
     for read in (lambda: load(str(tmp_path / "m")), lambda: Source.from_folder(tmp_path / "m")):
         with pytest.raises(ModelUnavailable, match=r"m/config.json: the model is quantized already \(fp8\)"):
             read()
+    (tmp_path / "m" / "config.json").write_text("[")
+    for read in (lambda: load(str(tmp_path / "m")), lambda: Source.from_folder(tmp_path / "m")):
+        with pytest.raises(ModelUnavailable, match=r"m/config.json is not a model's configuration"):
+            read()
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1_000_000])
@@ -139,6 +143,9 @@ def test_weights_that_are_there_twice_count_once(tmp_path):
     load(str(tmp_path / "m")).model.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     named = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())["weight_map"]
     assert {f.name for f in weight_files(tmp_path / "shards")} == set(named.values()) and len(set(named.values())) > 3
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json is no index of weights"):
+        weight_files(tmp_path / "shards")
 
 
 def test_tied_and_16_bit_models_load(tiny, tmp_path):

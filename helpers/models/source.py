@@ -63,8 +63,11 @@ def load(name: str = "bundled", revision: str | None = None, dtype: torch.dtype 
 
 def unquantized(folder: Path) -> Path:
     """The folder, if its weights are numbers and not codes; raises ModelUnavailable."""
-    config = json.loads((folder / "config.json").read_text())
-    if settings := config.get("quantization_config"):
+    try:
+        settings = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise ModelUnavailable(f"{folder}/config.json is not a model's configuration: {error}") from error
+    if settings:
         raise ModelUnavailable(f"{folder}/config.json: the model is quantized already ({settings.get('quant_method')}): "
                                "expected one in 16 or 32 bits")
     return folder
@@ -124,7 +127,7 @@ class Source:
         Where the files have other names than the model (transformers renames and fuses some), it is loaded whole after all.
         """
         check_device(device)
-        source = cls(shell(unquantized(folder), dtype), folder, device)
+        source = cls(shell(unquantized(folder := Path(folder)), dtype), folder, device)
         there = set(stored_names(folder))
         if any(n not in there for n, _ in source.model.named_parameters() if n not in tied_names(source.model)):
             return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval())
