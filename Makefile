@@ -106,7 +106,7 @@ datasheet: $(ENV)
 # What each knob does to the answers (hours on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
-	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers raised remedies best gptq awq nf4
+	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers learned raised remedies best gptq awq nf4
 # The same on a real model, SmolLM2-135M, fetched on first use (93 MB): every chapter and ours against the toolkits linear by
 # linear (hours on two cores), the map of its layers, and the sweeps: a draw of each row that the committed records do not have,
 # or, with SWEPT= (nothing), of all (minutes with DEVICE=cuda, days on two cores). A row that fails is named and left

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from helpers.methods.gptq import Gptq
+from helpers.methods.gptq_signround import GptqSignRound
 from helpers.methods.rtn import Rtn
 from helpers.models.method import Gram, Notes
 from helpers.quantizers.affine import Quantized
@@ -79,3 +81,38 @@ class GptqOneWay(Gptq):
 
     def solve(self, W: Tensor, kept: Gram) -> tuple[Quantized, Notes]:
         return super().solve(W, kept, negative=False)
+
+
+@dataclass(frozen=True)
+class SignRound(GptqSignRound):
+    """Learned roundings in smaller batches, for a comparison that takes a quarter of an hour a row."""
+
+    name: ClassVar[str] = "signround by shares, best"
+    at_once: ClassVar[int] = 1024
+
+
+@dataclass(frozen=True)
+class SignRoundToTheEnd(SignRound):
+    """What is there after the last step, whatever other windows say of it."""
+
+    name: ClassVar[str] = "signround by shares, to the end"
+
+    @staticmethod
+    def pick(trail, key):
+        *_, last = trail
+        return last
+
+
+@dataclass(frozen=True)
+class SignRoundBySquares(SignRound):
+    """By plain squared errors, as SignRound has it."""
+
+    name: ClassVar[str] = "signround by squares, best"
+    distance = staticmethod(mse_loss)
+
+
+@dataclass(frozen=True)
+class SignRoundBySquaresToTheEnd(SignRoundBySquares, SignRoundToTheEnd):
+    """Both."""
+
+    name: ClassVar[str] = "signround by squares, to the end"

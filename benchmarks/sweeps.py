@@ -23,7 +23,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.methods import GptqAfterFirst, GptqMedian, GptqOneWay, LargestInputs
+from benchmarks.methods import (
+    GptqAfterFirst,
+    GptqMedian,
+    GptqOneWay,
+    LargestInputs,
+    SignRound,
+    SignRoundBySquares,
+    SignRoundBySquaresToTheEnd,
+)
 from helpers.files import folder_hash, key_hash
 from helpers.harness.carry import UNQUANTIZED, of_kind, right
 from helpers.harness.compare import Quality
@@ -111,8 +119,8 @@ class Subject:
 
 
 VOICES = ("novel", "speeches")
-ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised")
-QUARTER = ("awq", "nf4", "makers", "raised")  # on two cores scoring takes longer than quantizing
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised", "learned")
+QUARTER = ("awq", "nf4", "makers", "raised", "learned")  # on two cores scoring takes longer than quantizing
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
@@ -143,15 +151,13 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
     aware, scaled = replace(best, act_group_aware=True), AwqGptq(4, s.group, act_group_aware=False)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
     one_way = GptqOneWay(4, s.group, act_group_aware=False)
-    learned = GptqSignRound(4, s.group, act_group_aware=False)
     for value, method in {"GPTQ": best, "GPTQ, group aware": aware, "GPTQ, desc_act": replace(best, desc_act=True),
                           "GPTQ, scales above zero": one_way,
                           "GPTQ, desc_act, scales above zero": replace(one_way, desc_act=True),
                           "AWQ's scales, then GPTQ": scaled,
                           "AWQ's scales, then GPTQ, group aware": replace(scaled, act_group_aware=True),
                           "AWQ's scales, then GPTQ, desc_act": replace(scaled, desc_act=True),
-                          "GPTQ, then SignRound": learned,
-                          "GPTQ, desc_act, then SignRound": replace(learned, desc_act=True)}.items():
+                          "GPTQ, group aware, then SignRound": GptqSignRound(4, s.group)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
 
@@ -257,6 +263,15 @@ def remedy_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("remedies, 4 bits", "rounding", s.drawn(Rtn(4, s.group, sym=False)))
 
 
+def learned_panels(s: Subject) -> Iterator[Panel]:
+    """Learning after GPTQ: by which error, and kept when. A third of makers' windows, and half of the steps."""
+    pool = s.tokens(CALIBRATION["name"], CALIBRATION["length"], 48)
+    for value, method in {"GPTQ": Gptq, "by squares, to the end": SignRoundBySquaresToTheEnd,
+                          "by squares, best kept": SignRoundBySquares, "by shares, best kept": SignRound}.items():
+        yield Panel("learned after GPTQ, 4 bits", value, s.drawn(
+            method(4, s.group) if method is Gptq else method(4, s.group, steps=100), pool, len(pool)))
+
+
 def raised_panels(s: Subject) -> Iterator[Panel]:
     """3 bits, and one kind of linear in 8: is what the map of the layers says (chapter 7) true of the whole model?"""
     plain, pool = Gptq(3, s.group, act_group_aware=False), s.tokens()
@@ -290,7 +305,8 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
 
 
 PANELS = {"recipes": recipe_panels, "tuned": recipe_panels, "remedies": remedy_panels, "best": best_panels,
-          "makers": makers_panels, "raised": raised_panels, "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
+          "makers": makers_panels, "learned": learned_panels, "raised": raised_panels, "gptq": gptq_panels, "awq": awq_panels,
+          "nf4": nf4_panels}
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,20 @@ print(f"{lm.config.num_hidden_layers} blocks of width {lm.config.hidden_size}, {
 # ## Four artefacts
 #
 # Each toolkit runs in a process of its own, because importing one patches libraries that the others use. GPTQ and AWQ
-# calibrate on the same text, at most 128 windows of 256 tokens. The committed artefacts are read unless `rebuild` is set.
+# calibrate on the same text, at most 128 windows of 256 tokens (32 for another model than the bundled one without a GPU, where
+# a small model takes minutes even so). The committed artefacts are read unless `rebuild` is set.
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 import torch
 
+from helpers.models.source import BUNDLED, resolve
 from helpers.toolkits import artefacts
 
 names = ["bitsandbytes-int8", "bitsandbytes-nf4", "gptqmodel-gptq", "gptqmodel-awq"]
-of = (run_on["model"], rebuild, run_on["revision"])
+is_bundled = resolve(run_on["model"], run_on["revision"]) == BUNDLED
+count = 128 if is_bundled or run_on["device"] != "cpu" else 32
+of = (run_on["model"], rebuild, run_on["revision"], count)
 folders = artefacts.available(names, *of)  # says which are missing and why: not every toolkit takes every model
 reports = {name: artefacts.report(folder) for name, folder in folders.items()}
 pd.DataFrame({name: {"seconds, with import and load": r["seconds"], "calibration tokens": r["calibration_tokens"],
@@ -99,7 +103,7 @@ from helpers.harness.variants import ToolkitArtefact
 from helpers.models.layers import common_group, linears
 
 whole = all(m.in_features % common_group(lm) == 0 for _, m in linears(lm))  # where groups do not fill a row, toolkits pad
-variants = {name: ToolkitArtefact(name, run_on["model"], run_on["revision"], rebuild) for name in folders}
+variants = {name: ToolkitArtefact(name, run_on["model"], run_on["revision"], rebuild, windows=count) for name in folders}
 rows = {}
 for name, variant in variants.items():
     predicted, measured = variant.predicted(), variant.measured()
@@ -289,7 +293,6 @@ for name in [n for n in ("gptqmodel-gptq", "gptqmodel-awq") if n in loaded]:
 # %% tags=["nbval-ignore-output"]
 from transformers import AutoModelForCausalLM
 
-from helpers.models.source import resolve
 from helpers.toolkits.bitsandbytes import config, usable
 
 nf4 = usable(AutoModelForCausalLM.from_pretrained(resolve(run_on["model"], run_on["revision"]), device_map=run_on["device"],

@@ -163,21 +163,22 @@ worst_kind, worst_block, head_is_worst = "down_proj", 0, True
 #
 # Every linear alone, the output head and the embedding, by rounding, GPTQ and AWQ at 4, 3 and 2 bits and by NF4, on the
 # *tuning* questions (those that judge the plan in the end are not touched). For the bundled model from a stored record
-# (`make maps`); for any other this cell measures two settings on a question a task (`make sensitivity MODEL=...` measures
-# more, and keeps it).
+# (`make maps`); for any other this cell measures two settings in the first, the middle and the last block, on a question a
+# task (`make sensitivity MODEL=...` measures every block, and keeps it).
 
 # %%
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from helpers import maps
-from helpers.harness.sensitivity import stored, table
+from helpers.harness.sensitivity import stored, table, where
 
 if is_bundled:
     reference, cells = stored()
 else:
     reference, methods = live.panel.score(), [Rtn(3, size), Gptq(3, size, **PLAIN)]
-    cells = {k: c.arrays for k, c in live.down(methods).items()}
+    some = [n for n in live.shapes if where(n)[0] in (None, 0, live.count // 2, live.count - 1)]
+    cells = {k: c.arrays for k, c in live.down(methods, some).items()}
 frame = table(cells, reference)
 shown = list(dict.fromkeys(frame.setting))
 norm = maps.common_norm(frame)
@@ -226,7 +227,6 @@ print("your kind:", kinds.index[0] == worst_kind, "| your block:", int(blocks.in
 # Is it the same kind that is dearest?
 
 # %%
-from helpers.harness.sensitivity import where
 from helpers.measure.stats import Interval
 
 real = read("small_map").data
@@ -438,17 +438,29 @@ plt.show()
 #
 # Each linear may get any width and group that was measured, or 16 bits; $q, k, v$ get the same, and so do gate and up, because
 # serving engines fuse them into one matrix. Bits are counted as files have them: codes, scales, zero points, group indices.
+# (Another model than the bundled one is planned by the cheap output error here: no forward pass for each linear.)
 
 # %%
-from helpers.harness.planner import Planner, single_kl
+from helpers.harness.planner import Planner
+from helpers.measure.sensitivity import alone
 from helpers.models.formats import GPTQ
+from helpers.models.method import Gram
+from helpers.models.walk import walk
+from helpers.quantizers.affine import output_error
+
+
+def cheap_damage(methods):
+    """||dW X||^2 of each linear and method, from one walk."""
+    return {(f"{step.name}.{n}", m): output_error(step.block.get_submodule(n).weight.float() - layer.W_hat, gram.H)
+            for step in walk(lm, live.tokens) for n, gram in step.grams(Gram).items() for m in methods
+            if (layer := alone(step, n, m))}
+
 
 if is_bundled:
     widths = {str(m): m for b in (2, 3, 4, 8) for g in (32, 64, 128) for m in [replace(usual, bits=b, group_size=g)]}
     kl = {(n, widths[s]): k[0] for n, of in record["options"].items() for s, k in of.items()}
 else:
-    options = [Gptq(b, size) for b in (3, 4)]
-    kl = single_kl(live.down(options, inside))
+    kl = cheap_damage([Gptq(b, size) for b in (3, 4)])
 planner = Planner(live, kl, GPTQ)
 three, four = (planner.bits(Plan(Gptq(b, size))) for b in (3, 4))
 budget = round((0.75 * three + 0.25 * four), 2)

@@ -480,8 +480,8 @@ pd.DataFrame({of_: {"GB": f"{sum(p.values()) / 1e9:.1f}", "one GPU of 80": fits_
                     "two of 80": fits_gpus(p, 80, 2)} for of_, p in parts.items()}).T
 
 # %% [markdown]
-# Then the learning: both on this model, English prose that it was not trained on, four seeds; a pair has the same batches and
-# the same first adapters. The band is a 95 % interval over seeds (Student's t).
+# Then the learning: both on this model, English prose that it was not trained on, four seeds (two on a larger one); a pair has
+# the same batches and the same first adapters. The band is a 95 % interval over seeds (Student's t).
 
 # %% tags=["nbval-ignore-output"]
 from scipy.stats import t as student
@@ -495,7 +495,7 @@ length = min(128, context_of(study.tokenizer, full.config))
 learned = windows(calibration(study.tokenizer, "novel"), length, 200)
 held_out = windows([study.tokenizer.encode(text("novel")[n]) for n in range(0, 40, 5)], length, 8)
 bases = {name: quantized(full.load(study.device), method, ()) for name, method in BASES.items()}
-runs = {name: [train(with_adapters(lm, 8, seed=seed), learned, 20, seed, held_out) for seed in range(4)]
+runs = {name: [train(with_adapters(lm, 8, seed=seed), learned, 20, seed, held_out) for seed in range(max(2, draws))]
         for name, lm in bases.items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.methods import SignRound, SignRoundToTheEnd
 from helpers.files import PROVENANCE, folder_hash
 from helpers.methods.awq import Awq, scale_folds
 from helpers.methods.awq_gptq import AwqGptq
@@ -34,6 +35,7 @@ from helpers.models.walk import Stream, first_step, walk
 from helpers.quantizers.affine import Quantized, fit_qparams, on_grid, output_error
 from helpers.quantizers.awq import quantize_awq
 from helpers.quantizers.gptq import gptq
+from helpers.quantizers.signround import share_of_each
 
 TOKENS = [tuple(torch.randint(5, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in (40, 40, 40, 25, 64)]
 COUNT = sum(map(len, TOKENS))
@@ -155,21 +157,35 @@ def test_artefacts_hold_the_quantized_model(model, method, tmp_path):
 def test_learned_roundings_come_nearer_to_the_block(bundled):
     """Than GPTQ, from which they begin, and whose scales they keep: a block's outputs on the text that they learn from, and on
     other text."""
-    text = windows(calibration(bundled.tokenizer, "instructions"), 64, 24)
+    text = windows(calibration(bundled.tokenizer, "instructions"), 64, 48)
     errors, codes = [], []
-    for method in (Gptq(3, 64, act_group_aware=False), GptqSignRound(3, 64, steps=60)):
+    for method in (Gptq(3, 64), GptqSignRound(3, 64, steps=60)):
         model, outcome = copy.deepcopy(bundled.model), Outcome()
-        step, other = first_step(model, text[:16]), first_step(model, text[16:])
+        step, other = first_step(model, text[:32]), first_step(model, text[32:])
         before = [s.stream.through(s.block).batches[0].hidden for s in (step, other)]
         quantize_block(step, Plan(method, inputs="block"), outcome)
         after = [s.stream.through(s.block).batches[0].hidden for s in (step, other)]
-        errors.append([float((a - b).square().mean()) for a, b in zip(after, before, strict=True)])
+        errors.append([float(share_of_each(a, b)) for a, b in zip(after, before, strict=True)])
         codes.append(outcome.codes)
     (rounded, learned), (begun, ended) = errors, codes
     assert learned[0] < 0.8 * rounded[0] and learned[1] < 0.95 * rounded[1]
     for name, q in begun.items():
         assert torch.equal(ended[name].grid.scale, q.grid.scale)
         assert 0.005 < (ended[name].codes != q.codes).float().mean() < 0.3
+
+
+def test_what_is_learned_is_kept_as_far_as_other_text_says(bundled):
+    """Of the points on their way, those nearest on the first batch, of which nothing was learned; far too few steps, which are
+    too large, end farther away than they began."""
+    text, errors = windows(calibration(bundled.tokenizer, "instructions"), 64, 32), {}
+    for method in (Gptq(4, 64), SignRound(4, 64, steps=4), SignRoundToTheEnd(4, 64, steps=4)):
+        step = next(walk(copy.deepcopy(bundled.model), text, at_once=1024))
+        wanted = step.stream.through(step.block).batches
+        quantize_block(step, Plan(method, inputs="block"), Outcome())
+        errors[method.name] = float(share_of_each(step.stream.through(step.block).batches[0].hidden, wanted[0].hidden))
+        assert len(wanted) == 2
+    begun, best, end = errors.values()
+    assert best <= begun < end
 
 
 def test_learned_roundings_aim_at_the_unquantized_model(tiny):

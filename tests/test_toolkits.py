@@ -66,6 +66,15 @@ def test_nf4_for_real_and_again_from_the_cache(tmp_path, monkeypatch):
     assert all(torch.equal(new[k], old[k]) for k in old if k.endswith("_proj.weight"))
 
 
+def test_fewer_windows_make_another_artefact(tmp_path, monkeypatch):
+    monkeypatch.setattr(artefacts, "CACHE", tmp_path)
+    asked = []
+    monkeypatch.setattr(artefacts, "run", lambda toolkit, job, out, originals: asked.append((len(job.tokens), out)))
+    for count in (16, 32):
+        artefacts.artefact("gptqmodel-awq", rebuild=True, count=count)
+    assert [n for n, _ in asked] == [16, 32] and asked[0][1] != asked[1][1]
+
+
 @pytest.mark.parametrize("name", [n for n in ARTEFACTS if n != "bitsandbytes-int8"])
 def test_committed_artefacts_load_and_are_near_the_model(name, bundled):
     ids = torch.tensor([bundled.tokenizer.encode("<|start|><|user|> What is 12 + 30?<|assistant|> 42<|end|>")])

@@ -329,15 +329,28 @@ def test_what_the_lead_of_autoround_was_made_of():
     assert round(1 / shares["bundled", "GPTQ"]) == 6
 
 
-def test_learned_roundings():
-    """After GPTQ: no difference from AutoRound on the bundled model, harm on the real one."""
-    told, last = carry.panels("makers"), "GPTQ, desc_act, then SignRound"
-    harm = carry.real("makers", f"as AutoRound: {last}", "as AutoRound: GPTQ, desc_act")
-    assert all(i.low > 0 for i in harm.values())
-    for value, kl in ((last, [0.21, 0.26, 0.16]), ("GPTQ, desc_act", [0.18, 0.19, 0.12])):
-        assert [round(told[w]["as AutoRound"][value]["kl"][0], 2) for w in REAL] == kl
-    of = told["bundled"]["as AutoRound"]
-    learned = of[last]
-    assert carry.verdict(learned) == "no difference" and len(learned["kl_of_draws"]) == 2
-    assert [round(of[v]["kl"][0], 4) for v in ("GPTQ, desc_act", "AutoRound")] == [0.003, 0.0025]
-    assert round(learned["kl"][0], 4) == 0.0025
+def test_learning_after_gptq_by_two_errors():
+    """Chapter 12: by squares it does harm on the real model, by shares it does not."""
+    told = {value: of for (_, value), of in carry.differences("learned").items()}
+    squares, shares = (told[v] for v in ("by squares, to the end", "by shares, best kept"))
+    assert [round(f(squares[w].estimate for w in REAL)) for f in (min, max)] == [11, 25]
+    assert all(squares[w].low > 0 for w in REAL) and all(shares[w].high < 0 for w in ("novel", "questions"))
+    assert [round(shares[w].estimate) for w in ("novel", "questions")] == [-7, -12] and shares["speeches"].high > 0
+    assert all(of["bundled"].high < 0 and round(100 / of["bundled"].estimate) == -6 for of in told.values())
+
+
+def test_learned_roundings_beside_autoround():
+    """Level with it on the bundled model, ahead on the real one."""
+    ours, apart = "as AutoRound: GPTQ, group aware, then SignRound", {}
+    for w in ("bundled", *REAL):
+        of = carry.rows("makers", w)
+        for other in ("AutoRound", "GPTQ, group aware"):
+            kl = of[f"as AutoRound: {other}"]["answer_kl"].mean(0).sum() / of[ours]["tokens"].sum()
+            apart[other, w] = (i := paired(of[ours], of[f"as AutoRound: {other}"], "answer_kl")), i.estimate / kl
+    lead = [apart["AutoRound", w] for w in REAL]
+    assert all(i.high < 0 for i, _ in lead) and [round(-i.estimate, 3) for i, _ in lead] == [0.017, 0.045, 0.012]
+    assert [round(-100 * f(share for _, share in lead)) for f in (max, min)] == [10, 21]
+    assert apart["AutoRound", "bundled"][0].low < 0 < apart["AutoRound", "bundled"][0].high
+    assert [apart["GPTQ, group aware", w][0].high < 0 for w in REAL] == [True, True, False]
+    assert round(-4 * apart["GPTQ, group aware", "bundled"][1]) == 1
+

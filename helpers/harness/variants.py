@@ -137,6 +137,7 @@ class ToolkitArtefact(InFolder):
     rebuild: bool = False
     exact: bool = False
     label: str | None = None
+    windows: int = artefacts.MOST
 
     @property
     def name(self) -> str:
@@ -144,7 +145,7 @@ class ToolkitArtefact(InFolder):
 
     @cached_property
     def folder(self) -> Path:
-        return artefacts.artefact(self.artefact, self.model, self.rebuild, self.revision)
+        return artefacts.artefact(self.artefact, self.model, self.rebuild, self.revision, self.windows)
 
     @property
     def plan(self) -> Plan:
@@ -199,7 +200,6 @@ class Missing:
 
     def key(self, *_) -> dict[str, Any]:
         raise self.why
-
     load = key
 
     def predicted(self) -> None:

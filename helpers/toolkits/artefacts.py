@@ -36,6 +36,7 @@ COMMITTED = DATA / "artefacts"
 CACHE = ROOT / ".cache" / "artefacts"
 EXAMPLE_3 = "article_example_3"
 CALIBRATION = {"name": "instructions", "length": 256, "count": 128}
+MOST = CALIBRATION["count"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def plan_of(name: str, config: PretrainedConfig) -> Method:
         return ARTEFACTS[name].with_group(common_group(AutoModelForCausalLM.from_config(config)))
 
 
-def _job(name: str, model: str, revision: str | None) -> Job:
+def _job(name: str, model: str, revision: str | None, count: int) -> Job:
     source, spec = resolve(model, revision), ARTEFACTS[name]
     if not spec.plan.keeps:
         return Job(spec.method, str(source), calibrated=False)
     tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
     length = min(CALIBRATION["length"], context_of(tokenizer, config))
-    tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, CALIBRATION["count"])
+    tokens = windows(calibration(tokenizer, CALIBRATION["name"]), length, count)
     return Job(spec.method, str(source), tokens, {"group_size": plan_of(name, config).group_size})
 
 
@@ -86,19 +87,22 @@ def _key(name: str, job: Job) -> str:
                      versions(*ARTEFACTS[name].packages), torch.backends.cpu.get_cpu_capability()])
 
 
-def place(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
-    """Where an artefact is, or will be: for the bundled model the committed one, unless `rebuild`; else in the cache."""
+def place(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None, count: int = MOST) -> Path:
+    """Where an artefact is, or will be: for the bundled model the committed one, unless `rebuild`; else in the cache.
+
+    `count`: the windows that it is calibrated on, at most.
+    """
     if model == "bundled" and not rebuild and (COMMITTED / name).is_dir():
         return COMMITTED / name
-    return CACHE / f"{name}-{_key(name, _job(name, model, revision))}"
+    return CACHE / f"{name}-{_key(name, _job(name, model, revision, count))}"
 
 
-def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None) -> Path:
+def artefact(name: str, model: str = "bundled", rebuild: bool = False, revision: str | None = None, count: int = MOST) -> Path:
     """The folder of an artefact, built now if it is not there (seconds to minutes). Raises KeyError for an unknown name, and
     what `run` raises."""
-    if not (out := place(name, model, rebuild, revision)).is_dir():
+    if not (out := place(name, model, rebuild, revision, count)).is_dir():
         spec = ARTEFACTS[name]
-        run(spec.toolkit, _job(name, model, revision), out, originals=spec.originals)
+        run(spec.toolkit, _job(name, model, revision, count), out, originals=spec.originals)
     return out
 
 
@@ -106,7 +110,7 @@ def available(names: Iterable[str], *which, **of) -> dict[str, Path]:
     """{name: folder} of those artefacts (`artefact`'s arguments) that can be had; what is missing is said, with the reason:
     a toolkit that is not installed, or that does not know the model."""
     found = {}
-    for name in names:
+    for name in tqdm(list(names), "toolkits", leave=False, delay=5):  # minutes each for a model that is not tiny
         try:
             found[name] = artefact(name, *which, **of)
         except (ToolkitMissing, ToolkitFailed) as error:

@@ -35,15 +35,12 @@ def load(source: str):
 
 def quantize(job: Job, out: Path) -> dict:
     """AWQ by autoawq."""
-    from transformers import AutoTokenizer
-
     model = load(job.source)
     settings = {"q_group_size" if k == "group_size" else k: v for k, v in job.settings.items()}  # its own name for it
     started = time.perf_counter()
-    # token lists go through untouched; one longer than max_calib_seq_len would be dropped without a word
-    model.quantize(AutoTokenizer.from_pretrained(job.source), quant_config=SETTINGS | settings,
-                   calib_data=[list(t) for t in job.tokens], max_calib_samples=len(job.tokens),
-                   max_calib_seq_len=max(map(len, job.tokens)))
+    # token lists go through untouched, without a tokenizer; one longer than max_calib_seq_len would be dropped without a word
+    model.quantize(None, quant_config=SETTINGS | settings, calib_data=[list(t) for t in job.tokens],
+                   max_calib_samples=len(job.tokens), max_calib_seq_len=max(map(len, job.tokens)))
     seconds = time.perf_counter() - started
     model.save_quantized(str(out), safetensors=True)
     return {"toolkit": "autoawq", "quantize_seconds": seconds}
