@@ -60,15 +60,49 @@ def measure() -> dict:
     return {"examples": {t: len(right[16][t]) for t in tasks}, "parameters": model.num_parameters(), "bits": table}
 
 
+def label_ends(ax, lines: dict[str, tuple[float, float, str]], gap: float) -> None:
+    """Write each label at the end of its line, moved down to at least `gap` (in units of y) below the one above."""
+    at = float("inf")
+    for name, (x, y, colour) in sorted(lines.items(), key=lambda item: -item[1][1]):
+        at = min(y, at - gap)
+        ax.text(x, at, f"  {name}", va="center", color=colour, fontsize=8, clip_on=False)
+
+
+def learning_curves(ax, curve: list[dict], tasks: list[str]) -> None:
+    """Share of exact answers of each task against training tokens."""
+    ends = {}
+    for n, task in enumerate(tasks):
+        points = [(row["tokens"] / 1e6, 100 * row[task]) for row in curve if task in row]
+        [line] = ax.plot(*zip(*points, strict=True), linestyle=("-", "--")[n // 7])
+        ends[title(task)] = (*points[-1], line.get_color())
+    label_ends(ax, ends, gap=4.5)
+    ax.set(xlabel="training tokens (millions)", ylabel="exact answers (%)", ylim=(0, 104))
+
+
+def exact_by_bits(ax, data: dict) -> None:
+    """Exact match of each task at 16, 4, 3 and 2 bits (rounding to nearest), with 95 % intervals."""
+    tasks, widths = list(data["examples"]), ("16", "4", "3", "2")
+    for n, bits in enumerate(widths):
+        shares = [data["bits"][bits]["exact"][t] for t in tasks]
+        error = [[100 * max(0, s[0] - s[1]) for s in shares], [100 * max(0, s[2] - s[0]) for s in shares]]
+        y = [i + 0.17 * (n - 1.5) for i in range(len(tasks))]
+        ax.errorbar([100 * s[0] for s in shares], y, xerr=error, fmt="osDv"[n], label=f"{bits} bits", capsize=2, linewidth=1)
+    ax.set_yticks(range(len(tasks)), [title(t) for t in tasks])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="exact answers (%), 95 % interval", xlim=(-2, 102))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+
+
 def draw(data: dict, curve: list[dict]) -> None:
     """The two figures of the datasheet."""
     FIGURES.mkdir(exist_ok=True)
     with plots.style():
         figure, axes = plt.subplots(figsize=(7, 4))
-        plots.learning_curves(axes, curve, list(data["examples"]))
+        learning_curves(axes, curve, list(data["examples"]))
         figure.savefig(FIGURES / "learning.png")
         figure, axes = plt.subplots(figsize=(7, 4.5))
-        plots.exact_by_bits(axes, data)
+        exact_by_bits(axes, data)
         figure.savefig(FIGURES / "bits.png")
 
 
