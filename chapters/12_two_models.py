@@ -378,8 +378,8 @@ assert torch.isclose(share_of_each(out, wanted), shares.mean())
 
 # %% [markdown]
 # The norm that reads a token divides by its size, so the share is what the rest of the model sees. Both ways, and with the last
-# step or the best one on windows apart (48 windows, 100 steps, half of what `gptq+signround` takes; before you look: which of
-# the three comes nearer than GPTQ on the real model?):
+# step or the best one on windows apart (on 48 windows and in 100 steps, half of those that `gptq+signround` takes). Before you
+# look: which comes nearer than GPTQ on the real model?
 
 # %%
 guess_nearer = ["by shares, best kept"]
