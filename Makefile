@@ -21,7 +21,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test tests notebooks another engine executed cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test tests notebooks another profiled engine executed cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -106,15 +106,14 @@ datasheet: $(ENV)
 # What each knob does to the answers (hours on one core; goes on where it was stopped), and how fast it all is (20 minutes, on two
 # idle cores), committed as data
 sweeps: $(ENV)
-	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers learned raised remedies best gptq awq nf4
+	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers learned first raised remedies best gptq awq nf4
 # The same on a real model, SmolLM2-135M, fetched on first use (93 MB): every chapter and ours against the toolkits linear by
 # linear (hours on two cores), the map of its layers, and the sweeps: a draw of each row that the committed records do not have,
 # or, with SWEPT= (nothing), of all (minutes with DEVICE=cuda, days on two cores). A row that fails is named and left
-small: PROFILE = small
 small: SWEPT = $(wildcard data/results/sweep_small_*.npz)
 small: SWEEP = $(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
 small: $(ENV) $(ORIGINALS) $(SERVING)
-	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
+	$(MAKE) profiled PROFILE=small
 	$(BIN)/python -m benchmarks.exact
 	$(BIN)/python -m benchmarks.small_map --device $(or $(DEVICE),cpu)
 	$(SWEEP) --part 0/1 --draws 1 $(if $(SWEPT),--found $(SWEPT))
@@ -171,10 +170,15 @@ notebooks: $(ENV)
 # Every chapter on a model that is awkward in every way, and as where the archived toolkits cannot be had
 another: $(ENV)
 	ORIGINALS=none $(BIN)/python -m helpers.book execute-other
-# Every chapter with the model of a profile in helpers/profiles.json; records go to data/results, notebooks to _build/gpu
-gpu: PROFILE = gpu
-gpu: $(ENV)
-	$(BIN)/python -m helpers.book execute-profile $(PROFILE)
+# Every chapter with the model of a profile in helpers/profiles.json: notebooks go to _build/PROFILE, records to data/results;
+# goes on at the chapter it was at
+PROFILE ?= gpu
+gpu:
+	$(MAKE) profiled PROFILE=gpu
+profiled: $(CHAPTERS:chapters/%=_build/$(PROFILE)/%)
+	$(BIN)/python -m helpers.book keep-records
+_build/$(PROFILE)/%.ipynb: chapters/%.ipynb $(filter-out data/results/%,$(SOURCES)) | $(ENV)
+	$(BIN)/python -m helpers.book execute-profile $(PROFILE) $*
 # The book's public address, in the one place a Colab reader has it: the first cell of every chapter
 address: $(ENV)
 	@test -n "$(URL)" || { echo 'say make address URL=https://...'; exit 1; }

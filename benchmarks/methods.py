@@ -1,8 +1,9 @@
 """Methods that are there to be measured: they show why a method works, and no file format needs to hold them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -60,6 +61,31 @@ class GptqAfterFirst(Gptq):
 
     name: ClassVar[str] = "gptq without first tokens"
     keeps: ClassVar[type[Gram]] = AfterFirst
+
+
+@dataclass
+class FirstBeside(Gram):
+    """A Gram matrix, and beside it those of first tokens and of all others: their difference would be mostly rounding."""
+
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))  # fp32 [in, in]
+    rest: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, X: Tensor) -> None:
+        super().add(X)
+        first, rest = X[:, 0].float(), X[:, 1:].flatten(0, -2).float()
+        self.first, self.rest = self.first.to(X.device) + first.T @ first, self.rest.to(X.device) + rest.T @ rest
+
+
+@dataclass(frozen=True)
+class GptqBesideFirst(Gptq):
+    """GPTQ that may or may not see first tokens, linear by linear, where several share their input."""
+
+    name: ClassVar[str] = "gptq, first tokens apart"
+    keeps: ClassVar[type[Gram]] = FirstBeside
+    first: bool = True
+
+    def solve(self, W: Tensor, kept: FirstBeside) -> tuple[Quantized, Notes]:
+        return super().solve(W, kept if self.first else Gram(kept.rest, kept.absolute, kept.tokens))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.methods import (
     GptqAfterFirst,
+    GptqBesideFirst,
     GptqMedian,
     GptqOneWay,
     LargestInputs,
@@ -52,7 +53,7 @@ from helpers.models.texts import calibration, random_tokens, windows
 from helpers.results import RESULTS, Record, save
 from helpers.store import Cell, Store, bundle, cells_of, unbundle
 from helpers.toolkits import artefacts
-from helpers.toolkits.artefacts import CALIBRATION
+from helpers.toolkits.artefacts import CALIBRATION, MOST
 
 WINDOWS = 32  # of 256 tokens, unless their number is what is swept
 SHARED, KEPT = ("id", "task", "answer_tokens"), ("answer_nll", "answer_kl", "exact")
@@ -68,6 +69,7 @@ class Subject:
     groups: tuple[int, ...]
     draws: int
     sets: tuple[str, ...]
+    searched: int = MOST  # windows for the toolkits' AWQ, whose search takes half a minute a window on a real model
     loudest: str = ""  # the linear at which the first token outweighs all others (data/results/inputs.json)
 
     @cached_property
@@ -119,12 +121,12 @@ class Subject:
 
 
 VOICES = ("novel", "speeches")
-ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised", "learned")
-QUARTER = ("awq", "nf4", "makers", "raised", "learned")  # on two cores scoring takes longer than quantizing
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised", "learned", "first")
+QUARTER = ("awq", "nf4", "makers", "raised", "learned", "first")  # on two cores scoring takes longer than quantizing
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),
     # 64, since its width, 576, is no multiple of 128
-    Subject("small", 64, (64, 32, -1), 4, (*VOICES, "instructions", "own"), r"layers\.11\.mlp\.down_proj$"))}
+    Subject("small", 64, (64, 32, -1), 4, (*VOICES, "instructions", "own"), 32, r"layers\.11\.mlp\.down_proj$"))}
 
 
 class Panel(NamedTuple):
@@ -135,19 +137,19 @@ class Panel(NamedTuple):
     draws: Draws
 
 
-def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by whom") -> Iterator[Panel]:
+def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by whom", count: int = MOST) -> Iterator[Panel]:
     """Ours beside the toolkits' files (one draw each) at 4 bits, all calibrated on the same windows."""
-    pool = s.tokens(**CALIBRATION)
+    pool = s.tokens(**CALIBRATION | {"count": count})
     yield Panel(knob, "ours", s.drawn(method, pool, len(pool)))
     for name in theirs:
-        yield Panel(knob, name.split("-")[0], [ToolkitArtefact(name, s.name, exact=True)])
+        yield Panel(knob, name.split("-")[0], [ToolkitArtefact(name, s.name, exact=True, windows=count)])
 
 
 def makers_panels(s: Subject) -> Iterator[Panel]:
     """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large: symmetric grids."""
     pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group, act_group_aware=False)
     yield from by_whom(s, replace(best, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
-    yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom")
+    yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom", count=s.searched)
     aware, scaled = replace(best, act_group_aware=True), AwqGptq(4, s.group, act_group_aware=False)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
     one_way = GptqOneWay(4, s.group, act_group_aware=False)
@@ -263,6 +265,16 @@ def remedy_panels(s: Subject) -> Iterator[Panel]:
     yield Panel("remedies, 4 bits", "rounding", s.drawn(Rtn(4, s.group, sym=False)))
 
 
+def first_panels(s: Subject) -> Iterator[Panel]:
+    """First tokens left out of the Gram matrix of some linears: which of them need it?"""
+    pool, gptq = s.tokens(), GptqBesideFirst(4, s.group, sym=False, **PLAIN)
+    blind = replace(gptq, first=False)
+    for value, pattern in {"none": None, "all": "", "queries": "q_proj$", "keys": "k_proj$", "values": "v_proj$",
+                           "attention's output": "o_proj$", "gate and up": "(gate|up)_proj$", "down": "down_proj$"}.items():
+        plan = gptq if pattern is None else Plan(gptq, ((pattern, blind),)) if pattern else blind
+        yield Panel("first tokens left out, 4 bits", value, s.drawn(plan, pool))
+
+
 def learned_panels(s: Subject) -> Iterator[Panel]:
     """Learning after GPTQ: by which error, and kept when. A third of makers' windows, and half of the steps."""
     pool = s.tokens(CALIBRATION["name"], CALIBRATION["length"], 48)
@@ -305,8 +317,8 @@ def awq_panels(s: Subject) -> Iterator[Panel]:
 
 
 PANELS = {"recipes": recipe_panels, "tuned": recipe_panels, "remedies": remedy_panels, "best": best_panels,
-          "makers": makers_panels, "learned": learned_panels, "raised": raised_panels, "gptq": gptq_panels, "awq": awq_panels,
-          "nf4": nf4_panels}
+          "makers": makers_panels, "learned": learned_panels, "first": first_panels, "raised": raised_panels,
+          "gptq": gptq_panels, "awq": awq_panels, "nf4": nf4_panels}
 
 
 @dataclass(frozen=True)

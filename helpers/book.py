@@ -1,6 +1,7 @@
 """The book's own machinery: the start of a chapter, committed outputs, the site, and runs on other models.
 
-`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other NAME | execute-profile NAME` (see the Makefile).
+`python -m helpers.book refresh [NAME ...] | site NOTEBOOKS OUT | execute-other | execute-profile PROFILE NAME |
+keep-records` (see the Makefile).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from helpers import results
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
 BUILD = ROOT / "_build"
-RECORDS = BUILD / "records"  # what chapters measured with a profile; execute-profile copies them to data/results
+RECORDS = BUILD / "records"  # what chapters measured with a profile; keep-records copies them to data/results
 PROFILES = json.loads(Path(__file__).with_name("profiles.json").read_text())
 
 
@@ -124,10 +125,11 @@ def site(notebooks: Path, out: Path) -> None:
     subprocess.run([jupyter_book, "build", source, "--path-output", out, "-W", "-n", "--keep-going", "--quiet"], check=True)
 
 
-def execute_all(folder: str, **parameters) -> None:
-    """Every chapter with these parameters, into _build/FOLDER."""
-    for notebook in tqdm(sorted(CHAPTERS.glob("*.ipynb")), desc=folder):
-        execute(notebook, BUILD / folder / notebook.name, **parameters)
+def execute_other() -> None:
+    """Every chapter on another model, into _build/other."""
+    model = str(awkward_model())
+    for notebook in tqdm(sorted(CHAPTERS.glob("*.ipynb")), desc="other"):
+        execute(notebook, BUILD / "other" / notebook.name, model=model)
 
 
 def random_llama(name: str, width: int, inner: int, tied: bool) -> Path:
@@ -163,16 +165,20 @@ if __name__ == "__main__":
     build = commands.add_parser("site")
     build.add_argument("notebooks", type=Path)
     build.add_argument("out", type=Path)
-    commands.add_parser("execute-profile").add_argument("name", choices=PROFILES)
+    commands.add_parser("keep-records")
+    profiled = commands.add_parser("execute-profile")
+    profiled.add_argument("profile", choices=PROFILES)
+    profiled.add_argument("name")
     args = parser.parse_args()
     if args.command == "refresh":
         refresh(args.names)
     elif args.command == "site":
         site(args.notebooks, args.out)
     elif args.command == "execute-other":
-        execute_all("other", model=str(awkward_model()))
+        execute_other()
+    elif args.command == "execute-profile":
+        settings("", args.profile)  # which may not be fit to run
+        execute(CHAPTERS / f"{args.name}.ipynb", BUILD / args.profile / f"{args.name}.ipynb", profile=args.profile)
     else:
-        settings("", args.name)
-        execute_all(args.name, profile=args.name)
         for record in sorted(RECORDS.glob("*.json")):
             print("measured:", shutil.copy(record, results.RESULTS))
