@@ -121,7 +121,7 @@ class Subject:
 
 
 VOICES = ("novel", "speeches")
-ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised", "learned", "first")
+ALL_QUESTIONS = ("best", "recipes", "tuned", "remedies", "makers", "raised", "learned")
 QUARTER = ("awq", "nf4", "makers", "raised", "learned", "first")  # on two cores scoring takes longer than quantizing
 SUBJECTS = {s.name: s for s in (
     Subject("bundled", 128, (128, 64, 32, -1), 4, ("instructions", "recipes", "long", "short")),

@@ -119,3 +119,12 @@ def test_answered_fills_only_what_is_missing(bundled):
     own = generate(bundled.model, bundled.tokenizer, asked)
     assert [e.answer for e in filled] == ["given", own[1], "given", own[3]] and all(own)
     assert [(e.id, e.prompt) for e in filled] == [(e.id, e.prompt) for e in asked]
+
+
+def test_a_long_prompt_does_not_pad_the_short_ones(bundled, monkeypatch):
+    """Most questions are short and a few a thousand tokens long: in one batch nine tenths of what is computed is padding."""
+    model, sizes, own = bundled.model, [], bundled.model.generate
+    monkeypatch.setattr(model, "generate", lambda input_ids, **also: sizes.append(input_ids.numel()) or own(input_ids, **also))
+    prompts = [list(range(10, 30))] * 40 + [list(range(10, 810))] * 2
+    together = said(model, bundled.tokenizer, prompts, max_new_tokens=2)
+    assert sizes == [40 * 20, 2 * 800] and together == [*[together[0]] * 40, *[together[-1]] * 2]

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from helpers.measure.quality import batched
 from helpers.measure.tasks import TASKS, Example, render
 
 KINDS = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object", type(None): "null"}
@@ -26,15 +27,14 @@ class Said:
 
 
 @torch.inference_mode()
-def said(model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], batch_size: int = 64, max_new_tokens: int = 64,
+def said(model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], batch_tokens: int = 4096, max_new_tokens: int = 64,
          progress: bool = False) -> list[Said]:
-    """The model's own greedy answers to prompts of token ids."""
+    """The model's own greedy answers to prompts of token ids, those of similar lengths at once: padding is computed too."""
     answers: dict[int, Said] = {}
     ends = ends_of(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)  # masked, so any will do
-    for at in tqdm(range(0, len(order), batch_size), disable=not progress, desc="generate", leave=False):
-        batch = order[at:at + batch_size]
+    batches = list(batched([len(p) for p in prompts], batch_tokens))
+    for batch in tqdm(batches, disable=not progress, desc="generate", leave=False):
         rows = [torch.tensor(prompts[i]) for i in batch]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side="left")

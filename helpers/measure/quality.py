@@ -96,11 +96,11 @@ def right_answers(ids: Sequence[str], exact: Sequence[bool], loss: Sequence[floa
     return {q: bool(alone[q]) if len(of) == 1 else min(of, key=of.__getitem__) == q for q, of in told.items()}
 
 
-def batched(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of items of similar length, at most `batch_tokens` tokens of them with the padding."""
+def batched(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of texts of similar lengths, at most `batch_tokens` tokens of them with the padding, or one text."""
     batch: list[int] = []
-    for i in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
-        if batch and (len(batch) + 1) * len(items[i].ids) > batch_tokens:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
             yield batch
             batch = []
         batch.append(i)
@@ -141,7 +141,8 @@ class Judge:
         named = [i.id for i in items if i.id]
         if len(set(named)) < len(named):
             raise ValueError("items: the same id twice, so that results could not be paired by it")
-        self.items, self.reference, self.batches = items, reference, list(batched(items, batch_tokens))
+        self.items, self.reference = items, reference
+        self.batches = list(batched([len(i.ids) for i in items], batch_tokens))
         self.remembered: dict[int, Any] = {}
 
     @torch.inference_mode()
