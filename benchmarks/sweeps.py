@@ -146,7 +146,7 @@ def by_whom(s: Subject, method: Method, *theirs: str, knob: str = "4 bits, by wh
 
 
 def makers_panels(s: Subject) -> Iterator[Panel]:
-    """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large: symmetric grids."""
+    """Ours and the toolkits' at equal settings, and our recipes beside AutoRound's file, which is as large."""
     pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group, act_group_aware=False)
     yield from by_whom(s, replace(best, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
     yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom", count=s.searched)
@@ -159,6 +159,8 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
                           "AWQ's scales, then GPTQ": scaled,
                           "AWQ's scales, then GPTQ, group aware": replace(scaled, act_group_aware=True),
                           "AWQ's scales, then GPTQ, desc_act": replace(scaled, desc_act=True),
+                          "GPTQ, asymmetric, group aware": replace(aware, sym=False),
+                          "AWQ's scales, then GPTQ, asymmetric, group aware": replace(scaled, sym=False, act_group_aware=True),
                           "GPTQ, group aware, then SignRound": GptqSignRound(4, s.group)}.items():
         yield Panel("as AutoRound", value, s.drawn(method, pool, len(pool)))
 
@@ -347,11 +349,16 @@ class Sweep:
 
     def found(self, paths: Sequence[Path]) -> Cell:
         """The same of cells that other machines left, in folders or in a bundle made before; they say where they were made.
-        Of some variants fewer draws, or none (no toolkit is run for it). Where two are of the same, the later counts."""
-        there = measured_before(paths)
-        keys = {f"{p.knob}: {p.value}": [what_was_asked(self.quality.key | {"variant": v.key()}) for v in p.draws if made(v)]
-                for p in self.panels()}
-        cells = {name: draws for name, of in keys.items() if (draws := [there[k] for k in of if k in there])}
+        Of some variants fewer draws, or none (no toolkit is run for it: its rows in bundles go by their names). Where two
+        are of the same, the later counts."""
+        there, named, cells = measured_before(paths), named_before(paths), {}
+        for name, draws in ((f"{p.knob}: {p.value}", p.draws) for p in self.panels()):
+            if all(map(made, draws)):
+                asked = (what_was_asked(self.quality.key | {"variant": v.key()}) for v in draws)
+                of = [there[k] for k in asked if k in there]
+            else:
+                of = [c for c in named.get(name, ()) if c.key["items"] == self.quality.key["items"]]
+            cells |= {name: of} if of else {}
         if UNQUANTIZED not in cells:
             raise ValueError(f"{self.record}: no cell of 16 bits on these texts among {', '.join(map(str, paths))}: name the "
                              "folder or the bundle that has it")
@@ -367,6 +374,12 @@ def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:
     """{what was asked: the cell} of folders of cells, and of bundles."""
     cells = (c for p in paths for c in (map(Cell.read, sorted(p.glob("*.npz"))) if p.is_dir() else cells_of(Cell.read(p))))
     return {what_was_asked(c.key): c for c in cells}
+
+
+def named_before(paths: Sequence[Path]) -> dict[str, list[Cell]]:
+    """{row: its cells} of bundles."""
+    bundles = [Cell.read(p) for p in paths if not p.is_dir()]
+    return {name: [cells_of(b)[n] for n in rows] for b in bundles for name, rows in b.key["rows"].items()}
 
 
 def what_was_asked(key: Mapping[str, Any]) -> str:

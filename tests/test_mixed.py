@@ -17,7 +17,7 @@ from helpers.methods.keep import Keep
 from helpers.methods.nf4 import Nf4
 from helpers.methods.rtn import Rtn
 from helpers.models.checkpoint import quantize_to
-from helpers.models.formats import GPTQ
+from helpers.models.formats import GPTQ, GPTQ_V2
 from helpers.models.layers import linears
 from helpers.models.method import Plan
 from helpers.models.quantize import quantized
@@ -118,7 +118,21 @@ def test_vllm_serves_groups_and_16_bits_by_linear(bundled, tmp_path):
                                    ([f"{LAYERS[2]}.mlp.down_proj"], Gptq(4, 32)), ([f"{LAYERS[3]}.self_attn.o_proj"], Keep())))
     outcome = quantize_to(tmp_path / "mixed", BUNDLED, plan, WINDOWS)
     assert outcome.noted("ratio")  # some linears were scaled
-    cell = answered("vLLM", tmp_path / "mixed", questions(bundled.tokenizer, 20))
+    served_right(tmp_path / "mixed", bundled.tokenizer)
+
+
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+def test_vllm_serves_asymmetric_gptq_in_an_awq_file(bundled, tmp_path):
+    """In a GPTQ file its build for CPUs refuses zero points; the codes are the same in both."""
+    for name, form in (("gptq", GPTQ_V2), ("awq", None)):
+        quantize_to(tmp_path / name, BUNDLED, AwqGptq(4, 64, sym=False), WINDOWS, form)
+    both = (load_simulated(tmp_path / name).parameters() for name in ("gptq", "awq"))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    served_right(tmp_path / "awq", bundled.tokenizer)
+
+
+def served_right(folder, tokenizer):
+    cell = answered("vLLM", folder, questions(tokenizer, 20))
     if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX512":
         assert not cell.loads and "cpu_gemm_wna16" in cell.reason
         pytest.skip("no kernel for 4 bits on processors without AVX-512")

@@ -129,14 +129,10 @@ def random_weights(config: Path) -> Path:
     if not out.is_dir():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float16)
-        with tempfile.TemporaryDirectory(dir=_made(out.parent)) as temporary:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
             model.save_pretrained(Path(temporary) / "model", max_shard_size="4GB")
             for path in (DATA / "model").glob("*token*"):
                 shutil.copy(path, Path(temporary) / "model")
             put_in_place(Path(temporary) / "model", out)
     return out
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

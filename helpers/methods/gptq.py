@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from helpers.methods.rtn import Rtn
-from helpers.models.method import Gram, Notes, PlanError
+from helpers.models.formats import AWQ
+from helpers.models.method import Format, Gram, Notes, PlanError
 from helpers.quantizers.affine import Quantized
 from helpers.quantizers.gptq import gptq
 
@@ -33,6 +34,9 @@ class Gptq(Rtn):
         super().__post_init__()
         if not 0 <= self.damp_percent <= 1:
             raise PlanError(f"damp_percent: expected a share from 0 to 1 of the mean diagonal, got {self.damp_percent}")
+
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(f for f in super().formats() if not (self.desc_act and f is AWQ))  # which has no order of columns
 
     def solve(self, W: Tensor, kept: Gram, **instead: Any) -> tuple[Quantized, Notes]:
         found = gptq(W, kept.H, **{k: getattr(self, k) for k in SETTINGS} | instead)

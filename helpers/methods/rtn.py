@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from helpers.models.formats import GPTQ, GPTQ_V2
+from helpers.models.formats import AWQ, GPTQ, GPTQ_V2
 from helpers.models.method import Format, Method, Notes
 from helpers.quantizers.affine import Quantized, fit_qparams, on_grid
 
@@ -21,7 +21,7 @@ class Rtn(Method):
     sym: bool = field(default=True, metadata={"help": "a symmetric grid, without zero points (chapter 3)"})
 
     def formats(self) -> tuple[Format, ...]:
-        return (GPTQ, GPTQ_V2) if self.sym else (GPTQ_V2,)
+        return (GPTQ, GPTQ_V2) if self.sym else (AWQ, GPTQ_V2) if self.bits == 4 else (GPTQ_V2,)
 
     def solve(self, W: Tensor, kept: Any) -> tuple[Quantized, Notes]:
         return on_grid(W, fit_qparams(W, self.bits, self.group_size, self.sym)), {}
