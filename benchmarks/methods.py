@@ -89,6 +89,18 @@ class GptqBesideFirst(Gptq):
 
 
 @dataclass(frozen=True)
+class GptqFirstCounted(Gptq):
+    """GPTQ to which a first token, to which all later ones attend, is as many tokens."""
+
+    name: ClassVar[str] = "gptq, first tokens counted more"
+    keeps: ClassVar[type[Gram]] = FirstBeside
+    times: int = 16
+
+    def solve(self, W: Tensor, kept: FirstBeside) -> tuple[Quantized, Notes]:
+        return super().solve(W, Gram(kept.rest + self.times * kept.first, kept.absolute, kept.tokens))
+
+
+@dataclass(frozen=True)
 class GptqMedian(Gptq):
     """GPTQ damped by a share of the median of H's diagonal, which a few loud channels do not move, instead of the mean."""
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from benchmarks.methods import (
     GptqAfterFirst,
     GptqBesideFirst,
+    GptqFirstCounted,
     GptqMedian,
     GptqOneWay,
     LargestInputs,
@@ -268,13 +269,16 @@ def remedy_panels(s: Subject) -> Iterator[Panel]:
 
 
 def first_panels(s: Subject) -> Iterator[Panel]:
-    """First tokens left out of the Gram matrix of some linears: which of them need it?"""
+    """First tokens left out of the Gram matrix of some linears: which of them need it? And counted more than others."""
     pool, gptq = s.tokens(), GptqBesideFirst(4, s.group, sym=False, **PLAIN)
     blind = replace(gptq, first=False)
     for value, pattern in {"none": None, "all": "", "queries": "q_proj$", "keys": "k_proj$", "values": "v_proj$",
                            "attention's output": "o_proj$", "gate and up": "(gate|up)_proj$", "down": "down_proj$"}.items():
         plan = gptq if pattern is None else Plan(gptq, ((pattern, blind),)) if pattern else blind
         yield Panel("first tokens left out, 4 bits", value, s.drawn(plan, pool))
+    for times in (1, 4, 16, 64):
+        counted = gptq if times == 1 else GptqFirstCounted(4, s.group, sym=False, times=times, **PLAIN)
+        yield Panel("first tokens counted, 4 bits", f"{times} times", s.drawn(counted, pool))
 
 
 def learned_panels(s: Subject) -> Iterator[Panel]:

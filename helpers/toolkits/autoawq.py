@@ -9,11 +9,10 @@ SETTINGS = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEM
 
 
 def load(source: str):
-    """The model of folder `source` in autoawq's hands on a CPU, with its aliasing bug worked around.
-
-    Its scale search keeps a backup of the weights as {name: weight.cpu()}. On a GPU that copies; on a CPU it is the
-    very same tensor, so the "backup" is scaled along with the weights and each candidate starts from the one before.
-    Here the backup is a real copy: `Tensor.cpu` clones while the search runs.
+    """The model of folder `source` in autoawq's hands on a CPU: in fp16, as on a GPU, but over 100 MB in fp32, which is 4.5
+    times as fast there. With its aliasing bug worked around: its search keeps a backup of the weights as {name: weight.cpu()}.
+    On a GPU that copies; on a CPU it is the very same tensor, so the "backup" is scaled along with the weights and each
+    candidate starts from the one before. Here the backup is a real copy: `Tensor.cpu` clones while the search runs.
     """
     import torch
     from awq import AutoAWQForCausalLM
@@ -30,7 +29,8 @@ def load(source: str):
             torch.Tensor.cpu = plain
 
     AwqQuantizer._compute_best_scale = search_on_copies
-    return AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=torch.float16, safetensors=True)
+    dtype = torch.float16 if sum(p.stat().st_size for p in Path(source).glob("*.safetensors")) < 100e6 else torch.float32
+    return AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=dtype, safetensors=True)
 
 
 def quantize(job: Job, out: Path) -> dict:
