@@ -151,7 +151,7 @@ def makers_panels(s: Subject) -> Iterator[Panel]:
     pool, best = s.tokens(**CALIBRATION), Gptq(4, s.group, act_group_aware=False)
     yield from by_whom(s, replace(best, search=False), "autogptq-gptq", "gptqmodel-gptq", knob="GPTQ, by whom")
     yield from by_whom(s, Awq(4, s.group), "autoawq-awq", "gptqmodel-awq", knob="AWQ, by whom", count=s.searched)
-    aware, scaled = replace(best, act_group_aware=True), AwqGptq(4, s.group, act_group_aware=False)
+    aware, scaled = replace(best, act_group_aware=True), AwqGptq(4, s.group, sym=True, act_group_aware=False)
     yield Panel("as AutoRound", "AutoRound", [ToolkitArtefact("autoround-gptq", s.name, exact=True)])
     one_way = GptqOneWay(4, s.group, act_group_aware=False)
     for value, method in {"GPTQ": best, "GPTQ, group aware": aware, "GPTQ, desc_act": replace(best, desc_act=True),

@@ -114,8 +114,9 @@ def test_nf4_with_linears_left_in_16_bits(bundled, tmp_path):
 def test_vllm_serves_groups_and_16_bits_by_linear(bundled, tmp_path):
     """4 bits in groups of three sizes and 16 bits, what it fuses alike, AWQ's scales before the rest; its build for
     CPUs has no kernel for other widths."""
-    plan = Plan(AwqGptq(4, 64), rules((QKV[0], Keep()), (QKV[1], Gptq(4, 32)), (GATES[1], Gptq(4, 128)), (GATES[2], Keep()),
-                                   ([f"{LAYERS[2]}.mlp.down_proj"], Gptq(4, 32)), ([f"{LAYERS[3]}.self_attn.o_proj"], Keep())))
+    plan = Plan(AwqGptq(4, 64, sym=True), rules(
+        (QKV[0], Keep()), (QKV[1], Gptq(4, 32)), (GATES[1], Gptq(4, 128)), (GATES[2], Keep()),
+        ([f"{LAYERS[2]}.mlp.down_proj"], Gptq(4, 32)), ([f"{LAYERS[3]}.self_attn.o_proj"], Keep())))
     outcome = quantize_to(tmp_path / "mixed", BUNDLED, plan, WINDOWS)
     assert outcome.noted("ratio")  # some linears were scaled
     served_right(tmp_path / "mixed", bundled.tokenizer)
@@ -125,7 +126,7 @@ def test_vllm_serves_groups_and_16_bits_by_linear(bundled, tmp_path):
 def test_vllm_serves_asymmetric_gptq_in_an_awq_file(bundled, tmp_path):
     """In a GPTQ file its build for CPUs refuses zero points; the codes are the same in both."""
     for name, form in (("gptq", GPTQ_V2), ("awq", None)):
-        quantize_to(tmp_path / name, BUNDLED, AwqGptq(4, 64, sym=False), WINDOWS, form)
+        quantize_to(tmp_path / name, BUNDLED, AwqGptq(4, 64), WINDOWS, form)
     both = (load_simulated(tmp_path / name).parameters() for name in ("gptq", "awq"))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
     served_right(tmp_path / "awq", bundled.tokenizer)

@@ -220,7 +220,7 @@ def test_what_is_kept_is_as_in_fp16(tiny):
 
 @pytest.mark.parametrize("plan, form", [
     (Rtn(), GPTQ), (Rtn(sym=False), AWQ), (Rtn(3, sym=False), GPTQ_V2), (Awq(), AWQ), (Awq(3), GPTQ_V2),
-    (Nf4(), NF4_FORMAT), (RowInt8(), INT8), (AwqGptq(sym=False), AWQ), (Gptq(sym=False, desc_act=True), GPTQ_V2),
+    (Nf4(), NF4_FORMAT), (RowInt8(), INT8), (AwqGptq(), AWQ), (Gptq(sym=False, desc_act=True), GPTQ_V2),
     (Plan(Gptq(), {"q_proj": Gptq(8)}), GPTQ), (Plan(Gptq(), {"q_proj": AwqGptq(sym=False)}), GPTQ_V2),
     (Plan(Awq(), {"down_proj": Awq(group_size=64)}), GPTQ_V2), (Plan(Awq(), {"down_proj": Keep()}), AWQ),
     (Plan(Keep(), {"down_proj": Nf4()}), NF4_FORMAT), (Plan(Awq(), {"down_proj": Gptq(sym=False)}), AWQ)], ids=str)

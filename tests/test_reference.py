@@ -49,8 +49,8 @@ def written(tokens, tmp_path_factory):
     """Artefacts of ours in all formats."""
     folder = tmp_path_factory.mktemp("ours")
     plans = {"nf4": Nf4(), "int8": RowInt8(), "gptq": Gptq(), "gptq_desc_act": Gptq(desc_act=True), "awq": Awq(),
-             "gptq_v2": Gptq(sym=False, group_size=64), "awq_by_gptq": AwqGptq(sym=False, group_size=64),
-             "gptq_3_bits": Gptq(bits=3), "awq_gptq": AwqGptq(),
+             "gptq_v2": Gptq(sym=False, group_size=64), "awq_by_gptq": AwqGptq(group_size=64),
+             "gptq_3_bits": Gptq(bits=3), "awq_gptq": AwqGptq(sym=True),
              "gptq_row": Gptq(group_size=-1), "gptq_mixed": Plan(Gptq(), {"q_proj$": Gptq(bits=8)} | SOME)}
     plans |= {f"{m.name}_some": Plan(m, SOME) for m in (Nf4(), RowInt8(), Gptq(), Awq())}
     for name, plan in plans.items():

@@ -1,7 +1,7 @@
-"""AWQ's scales before GPTQ: the inputs are evened out first, and the weights that then remain go through GPTQ."""
+"""AWQ's scales, which even out the inputs, then GPTQ on asymmetric grids; before symmetric ones they can harm (chapter 12)."""
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from helpers.methods.awq import scale_folds
@@ -18,6 +18,7 @@ class AwqGptq(Gptq):
     name: ClassVar[str] = "awq+gptq"
     prepares: ClassVar[bool] = True
     folds: ClassVar[bool] = True
+    sym: bool = field(default=False, metadata={"help": "a symmetric grid, without zero points (chapter 3)"})
 
     def prepare(self, step: Step, mine: Sequence[str], folds: Sequence[Fold], kept: MutableMapping[str, Any]
                 ) -> dict[str, Notes]:
