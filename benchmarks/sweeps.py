@@ -276,7 +276,7 @@ def first_panels(s: Subject) -> Iterator[Panel]:
                            "attention's output": "o_proj$", "gate and up": "(gate|up)_proj$", "down": "down_proj$"}.items():
         plan = gptq if pattern is None else Plan(gptq, ((pattern, blind),)) if pattern else blind
         yield Panel("first tokens left out, 4 bits", value, s.drawn(plan, pool))
-    for times in (1, 4, 16, 64):
+    for times in (1, 16):
         counted = gptq if times == 1 else GptqFirstCounted(4, s.group, sym=False, times=times, **PLAIN)
         yield Panel("first tokens counted, 4 bits", f"{times} times", s.drawn(counted, pool))
 

@@ -1,12 +1,15 @@
 """Sweeps in parts: what is measured by whom, what is known already, and what one loading serves."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks.sweeps import KEPT, SHARED, SUBJECTS, Panel, Sweep, measured_before, what_was_asked, work
-from helpers.store import Cell, bundle
+from helpers.harness.variants import ToolkitArtefact
+from helpers.results import RESULTS
+from helpers.store import Cell, bundle, cells_of, unbundle
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,23 @@ def test_one_that_fails_is_named_and_the_rest_goes_on(capsys):
 def test_a_record_without_16_bits_is_refused_before_it_is_written(tmp_path):
     with pytest.raises(ValueError, match="sweep_raised: no cell of 16 bits"):
         Sweep("raised", SUBJECTS["bundled"]).found([tmp_path])
+
+
+def test_a_toolkits_row_stays_where_its_file_is_not(monkeypatch):
+    """Of a committed record, on a machine that never ran the toolkit: its weights have no name there, but the row has one."""
+    sweep, toolkit = Sweep("makers", SUBJECTS["small"]), ToolkitArtefact("autoround-gptq", "small")
+    panels = [Panel("16 bits", "16 bits", [SUBJECTS["small"].base]), Panel("as AutoRound", "AutoRound", [toolkit]),
+              Panel("as AutoRound", "no such row", [toolkit])]
+    monkeypatch.setattr(Sweep, "panels", lambda _: panels)
+    monkeypatch.setattr("benchmarks.sweeps.made", lambda v: v is not toolkit)
+    before = Cell.read(RESULTS / "sweep_small_makers.npz")
+    full = cells_of(before)[before.key["rows"]["16 bits: 16 bits"][0]].key
+    monkeypatch.setattr(Sweep, "quality", SimpleNamespace(key=full))
+    monkeypatch.setattr("helpers.harness.variants.Original.key", lambda _: full["variant"])
+    kept = sweep.found([RESULTS / "sweep_small_makers.npz"])
+    assert list(kept.key["rows"]) == ["16 bits: 16 bits", "as AutoRound: AutoRound"]
+    theirs = [unbundle(c)["as AutoRound: AutoRound"]["answer_kl"] for c in (before, kept)]
+    assert np.array_equal(*theirs)
 
 
 @pytest.mark.parametrize("name", ["tuned", "remedies", "gptq"])
