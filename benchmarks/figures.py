@@ -13,7 +13,7 @@ SHOWN = {"rounding": "rounding", "NF4": "NF4", "AWQ": "AWQ", "GPTQ, symmetric": 
          "GPTQ, symmetric, searched scales": "GPTQ, searched scales",
          "GPTQ, symmetric, group aware, searched scales": "GPTQ, our default\n(group aware)",
          "GPTQ, desc_act, searched scales": "GPTQ, asymmetric,\ndesc_act",
-         "AWQ's scales, then GPTQ, desc_act, searched scales": "awq+gptq, asymmetric,\ndesc_act"}
+         "AWQ's scales, then GPTQ, group aware, searched scales": "awq+gptq\n(asymmetric)"}
 
 
 def main() -> None:

@@ -185,7 +185,8 @@ if isinstance(cases, pd.DataFrame):
 #
 # - *Chatbot*, undecided: NF4, AWQ and GPTQ with auto-gptq's settings fail the limit on KL, and the last loses a third of the
 #   right answers; NF4, 8 bits and both of these GPTQ recipes loop. AWQ's scales before GPTQ keep the answers, but the engine
-#   refuses an asymmetric GPTQ file on this processor, and as no English request asks for JSON that gate stays open.
+#   refuses an asymmetric GPTQ file on this processor, and as no English request asks for JSON that gate stays open. (Today
+#   such codes go into an AWQ file, which it reads.)
 # - *Reports*, failed: GPTQ (the article's choice), NF4 and AWQ keep 75 to 84 % of the right answers, of 93 that are asked for.
 #   The two better recipes keep enough, but KL is 0.009, of 0.002 that are allowed. 8 bits pass all but the limit on memory: a
 #   fifth of this model is its embedding, which stays in 16 bits, and 0.61 of the bytes are left, not 0.5.

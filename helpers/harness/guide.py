@@ -35,8 +35,8 @@ ENTRIES = {
         "if the file has to become an AWQ file", "our default", "05_gptq.ipynb"),
     "AWQ": Entry("AWQ", "if a few input channels are far larger than the rest", "below 4 bits, which the format cannot hold",
                  "GPTQ, our default", "06_awq.ipynb"),
-    "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, desc_act, searched scales", "the smallest loss measured on the real one",
-                            "if calibration text is unlike the requests", "our default", "06_awq.ipynb"),
+    "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, group aware, searched scales", "for the least KL, in a file vLLM reads",
+                            "below 4 bits, which that file cannot hold", "GPTQ, our default", "06_awq.ipynb"),
 }
 
 
