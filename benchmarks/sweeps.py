@@ -273,12 +273,12 @@ def first_panels(s: Subject) -> Iterator[Panel]:
     pool, gptq = s.tokens(), GptqBesideFirst(4, s.group, sym=False, **PLAIN)
     blind = replace(gptq, first=False)
     for value, pattern in {"none": None, "all": "", "queries": "q_proj$", "keys": "k_proj$", "values": "v_proj$",
-                           "attention's output": "o_proj$", "gate and up": "(gate|up)_proj$", "down": "down_proj$"}.items():
+                           "all others": "(o|gate|up|down)_proj$"}.items():
         plan = gptq if pattern is None else Plan(gptq, ((pattern, blind),)) if pattern else blind
         yield Panel("first tokens left out, 4 bits", value, s.drawn(plan, pool))
-    for times in (1, 16):
-        counted = gptq if times == 1 else GptqFirstCounted(4, s.group, sym=False, times=times, **PLAIN)
-        yield Panel("first tokens counted, 4 bits", f"{times} times", s.drawn(counted, pool))
+    for knob, also in {"first tokens counted, 4 bits": PLAIN, "the same, group aware, searched scales": {}}.items():
+        for value, method in {"once": GptqBesideFirst, "16 times": GptqFirstCounted}.items():
+            yield Panel(knob, value, s.drawn(method(4, s.group, sym=False, **also), pool))
 
 
 def learned_panels(s: Subject) -> Iterator[Panel]:

@@ -306,8 +306,8 @@ with pd.option_context("display.max_colwidth", None):
 # chosen, and hold. On its questions the tuning set puts GPTQ with desc_act and searched scales first, the judging set the other
 # one, 0.01 nats/token apart. KL is 0.17 to 0.21 below that of GPTQ with auto-gptq's settings either way.
 #
-# And what should `Gptq()` do where nobody says anything? A symmetric file is what transformers, GPTQModel and vLLM read (vLLM
-# on a CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales, of either sign ([chapter
+# And what should `Gptq()` do where nobody says anything? A symmetric GPTQ file is what transformers, GPTQModel and vLLM read, in
+# any width and in mixed ones (vLLM on a CPU refuses asymmetric ones: [chapter 10](10_choosing.ipynb)). Searched scales, of either sign ([chapter
 # 5](05_gptq.ipynb)), make no other kind of file. Beside scales fitted to the range of each group, as auto-gptq has them:
 
 # %% tags=["nbval-ignore-output"]
@@ -326,7 +326,8 @@ pd.DataFrame(shown).T
 # On the real model that is a third to a half of the KL (one draw against two), on the bundled one a quarter, for a file that
 # is read just as widely. So `Gptq()` searches. (Asymmetric grids with searched scales are nearer by 0.011 nats/token on the
 # novel; on the real model's other texts, and on the bundled model, no difference can be told. In the group-aware order
-# below they are nearer on all three of the real model's texts, by 0.006 to 0.011, one draw each.)
+# below they are nearer by 0.008 and 0.009 on the real model's prose, one draw against two; on its questions no difference can be
+# told.)
 #
 # The *group-aware order* of columns ([chapter 5](05_gptq.ipynb)) makes no other kind of file either. Beside the order as it is,
 # both with searched scales:
@@ -341,7 +342,7 @@ for whose in ("bundled", *carry.VOICE_NAMES):
 pd.DataFrame(shown).T
 
 # %% [markdown]
-# A third of the KL on the real model (one draw against one), and on the bundled one no difference that can be told. The tuning
+# A third of the KL on the real model (two draws against one), and on the bundled one no difference that can be told. The tuning
 # set says the same of the real model, 0.136, 0.133 and 0.095 against 0.202, 0.200 and 0.141; of the bundled one it says that
 # the order as it is comes nearer, 0.0027 against 0.0034 (one draw). We follow the real model: so `Gptq()` does that as well.
 # (The maps and the cases of chapters 7 and 10 were measured before, in the order as it is.)

@@ -164,8 +164,8 @@ def test_what_calibration_text_is_worth():
             worse, other = carry.of_kind(on_instructions[here], w), carry.of_kind(on_novel[f"{AT4}{there}"], w)
             i, kl = paired(worse, other, "answer_kl"), worse["answer_kl"].mean(0).sum() / worse["tokens"].sum()
             found[what, w] = (i.excludes_zero(), round(i.estimate / kl, 2))
-    assert not found.pop(("plain", "questions"))[0] and found.pop(("default", "questions")) == (True, 0.21)
-    assert all(told and 0.25 < share < 0.35 for told, share in found.values())
+    assert not found.pop(("plain", "questions"))[0] and found.pop(("default", "questions")) == (True, 0.2)
+    assert all(told and 0.25 < share < 0.36 for told, share in found.values())
 
 
 def test_ours_beside_the_makers():
@@ -215,9 +215,9 @@ def test_right_answers_of_the_real_model():
     assert [round(x) for x in lost["GPTQ, symmetric"]] == [39, 57, 25] and round(lost["rounding, symmetric"][0]) == 35
     default = "GPTQ, symmetric, group aware, searched scales"
     recipe = "AWQ's scales, then GPTQ, group aware, searched scales"
-    assert [round(x) for row in (default, recipe) for x in lost[row]] == [0, 11, -11, 14, 27, -1]
-    draws = carry.right(values("sweep_small_recipes")[AT4 + recipe]).sum(1)
-    assert (184 - draws).tolist() == [17, 10]
+    assert [round(x) for row in (default, recipe) for x in lost[row]] == [8, 26, -10, 14, 27, -1]
+    draws = [184 - carry.right(values("sweep_small_recipes")[AT4 + row]).sum(1) for row in (default, recipe)]
+    assert [of_it.tolist() for of_it in draws] == [[0, 16], [17, 10]]
     searched = {row: x for row, x in lost.items() if "searched" in row}
     harm = {row: round(x[0]) for row, x in searched.items() if x[2] > 1e-9}
     assert len(searched) == 11 and sorted(harm.values()) == [12, 13, 16, 16] and not [r for r in harm if "aware" in r]
@@ -240,11 +240,11 @@ def test_the_aim_on_the_real_model():
     default = "GPTQ, symmetric, group aware, searched scales"
     as_it_is, aware = ([of[w][r]["won_back"][0] for w in REAL] for r in ("GPTQ, symmetric, searched scales", default))
     assert all(0.24 < share < 0.3 for share in as_it_is[:2])
-    assert [round(100 * x) for x in aware] == [59, 44, 48]
+    assert [round(100 * x) for x in aware] == [58, 43, 44]
     assert carry.panels("recipes")["bundled"]["recipes, 4 bits"]["GPTQ"]["won_back"][0] > 0.6
     kl = {r: np.array([of[w][r]["kl"][0] for w in REAL]) for r in of["novel"]}
     rows = {w: carry.rows("recipes", w) for w in REAL}
-    for other, shares in ((default, [23, 27]), ("GPTQ, group aware, searched scales", [18, 20])):
+    for other, shares in ((default, [23, 26]), ("GPTQ, group aware, searched scales", [18, 20])):
         less = [carry.share(rows[w][AT4 + best], rows[w][AT4 + other]) for w in REAL]
         assert [round(-f(i.estimate for i in less)) for f in (max, min)] == shares and all(i.high < 0 for i in less)
     nearer = {r for r in kl if any(paired(rows[w][AT4 + r], rows[w][AT4 + best], "answer_kl").high < 0 for w in REAL)}
@@ -268,10 +268,11 @@ def test_the_group_aware_order():
         "GPTQ, symmetric, desc_act, searched scales", "AWQ's scales, then GPTQ, symmetric, group aware, searched scales"))
     awq, asymmetric = "recipes, 4 bits: AWQ", "recipes, 4 bits: GPTQ, group aware, searched scales"
     assert all(paired(of[aware], of[awq], "answer_kl").high < 0 for of in rows.values())
-    less = [-carry.share(rows[w][asymmetric], rows[w][aware]).estimate for w in REAL]
-    assert [round(f(less)) for f in (min, max)] == [6, 9]
+    less = [carry.share(rows[w][asymmetric], rows[w][aware]) for w in REAL]
+    assert [round(-f(i.estimate for i in less)) for f in (max, min)] == [5, 8] and all(i.high < 0 for i in less[:2])
+    assert [round(paired(rows[w][aware], rows[w][asymmetric], "answer_kl").estimate, 3) for w in REAL[:2]] == [0.008, 0.009]
     shares = [carry.share(rows[w][aware], rows[w][as_it_is]) for w in REAL]
-    assert all(-37 < s.low < s.high < -27 for s in shares)
+    assert all(-38 < s.low < s.high < -27 for s in shares) and [round(s.estimate) for s in shares] == [-35, -32, -32]
     assert not paired(rows["bundled"][aware], rows["bundled"][as_it_is], "answer_kl").excludes_zero()
     assert len(carry.panels("recipes")["bundled"]["recipes, 4 bits"][aware.split(": ")[1]]["kl_of_draws"]) == 4
     beside = {r: [paired(rows[w][aware], rows[w][r], "answer_kl").verdict() for w in REAL] for r in (ordered, scaled)}
