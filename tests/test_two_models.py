@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers.harness import carry
@@ -165,7 +166,7 @@ def test_what_calibration_text_is_worth():
             i, kl = paired(worse, other, "answer_kl"), worse["answer_kl"].mean(0).sum() / worse["tokens"].sum()
             found[what, w] = (i.excludes_zero(), round(i.estimate / kl, 2))
     assert not found.pop(("plain", "questions"))[0] and found.pop(("default", "questions")) == (True, 0.2)
-    assert all(told and 0.25 < share < 0.36 for told, share in found.values())
+    assert all(told and 0.25 < share <= 0.36 for told, share in found.values())
 
 
 def test_ours_beside_the_makers():
@@ -277,7 +278,7 @@ def test_the_group_aware_order():
     assert len(carry.panels("recipes")["bundled"]["recipes, 4 bits"][aware.split(": ")[1]]["kl_of_draws"]) == 4
     beside = {r: [paired(rows[w][aware], rows[w][r], "answer_kl").verdict() for w in REAL] for r in (ordered, scaled)}
     level, better = "no difference detectable", "measurably better"
-    assert beside == {ordered: [level, better, level], scaled: ["measurably worse", better, level]}
+    assert beside == {ordered: [better, better, level], scaled: ["measurably worse", better, level]}
     makers = [carry.rows("makers", w) for w in REAL]
     apart = [paired(of["as AutoRound: GPTQ, group aware"], of["as AutoRound: AutoRound"], "answer_kl") for of in makers]
     assert [i.verdict() for i in apart] == [level, better, level] and round(apart[1].estimate, 2) == -0.03
@@ -342,6 +343,29 @@ def test_learning_after_gptq_by_two_errors():
     assert all(squares[w].low > 0 for w in REAL) and all(shares[w].high < 0 for w in ("novel", "questions"))
     assert [round(shares[w].estimate) for w in ("novel", "questions")] == [-7, -12] and shares["speeches"].high > 0
     assert all(of["bundled"].high < 0 and round(100 / of["bundled"].estimate) == -6 for of in told.values())
+
+
+def test_what_the_first_token_is_needed_for():
+    """Chapter 12: how far off first tokens are, linear by linear, and what it does to leave them out, or to count them more."""
+    rows = pd.DataFrame(read("small_first_token").data["rows"]).assign(kind=lambda r: r["linear"].str.extract(r"(\w+)_proj"))
+    off = rows.groupby(["method", "kind"])[["first", "rest"]].median().unstack("method")
+    first, rest = off["first"], off["rest"]
+    gptq, blind, rounded = "GPTQ", "GPTQ without first tokens", "rounding"
+    assert (rest[gptq] - rest[blind]).abs().max() < 0.3
+    assert [round(x) for x in sorted(rest[rounded] - rest[gptq])[::6]] == [3, 7]
+    read_by = list("qkv")
+    assert [round(f(first[gptq] - first[rounded])) for f in (lambda d: d[read_by].min(), lambda d: d[read_by].max())] == [2, 5]
+    assert [round(f(first[blind] - first[rounded])) for f in (lambda d: d[read_by].min(), lambda d: d[read_by].max())] == [7, 9]
+    assert -2 < first[blind]["v"] < 0
+    told = carry.differences("first")
+    out = {row: [told["first tokens left out, 4 bits", row][w] for w in REAL]
+           for row in ("all", "values", "keys", "queries", "all others")}
+    assert all(65 < i.estimate < 90 for i in out["values"] + out["all others"]) and max(
+        i.estimate for i in out["keys"] + out["queries"]) < 11
+    for whole, *parts in zip(out["all"], out["values"], out["all others"], strict=True):
+        assert sum(p.estimate for p in parts) == pytest.approx(whole.estimate, rel=0.12)
+    more = [told["first tokens counted, 4 bits", "16 times"][w] for w in REAL]
+    assert [round(i.estimate) for i in more] == [-30, -7, -15] and all(i.high < 0 for i in more)
 
 
 def test_scales_before_asymmetric_grids():
