@@ -443,12 +443,12 @@ pd.DataFrame(rows).T
 #   sign, take a third to a half of that KL away, in the same bytes.
 # - *60 % of the loss won back* was our aim at 4 bits. Plain GPTQ reaches it on the bundled model, with an interval from 57 on.
 #   On the real one AWQ's scales before asymmetric GPTQ with searched scales do: `awq+gptq` wins back 73 [70, 75] % on the novel
-#   and 66 [61, 71] on the speeches; on the questions it is 59 [45, 71], so the aim may be reached or not. With desc_act it is 72
-#   [70, 75], 61 [57, 64] and 66 [57, 75], but vLLM refuses desc_act. The codes of `awq+gptq` fit an AWQ file, which vLLM reads,
-#   on a CPU too; a GPTQ file with zero points it refuses there. The default `Gptq()` wins back 58 [55, 61], 43 [38, 48] and 44
-#   [28, 57] %, where the order as it is wins back a quarter on prose.
-# - *Right answers*: GPTQ with auto-gptq's settings loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 8 [-10, 26],
-#   none with one draw of the calibration windows and 16 with the other; `awq+gptq` 14 [-1, 27], 17 and 10. So the answers cannot
+#   and 66 [61, 71] on the speeches; on the questions it is 59 [45, 71], so the aim may be reached or not. With desc_act it is
+#   72 [70, 75], 61 [57, 64] and 66 [57, 75], but vLLM refuses desc_act. The codes of `awq+gptq` fit an AWQ file, which vLLM
+#   reads, on a CPU too; a GPTQ file with zero points it refuses there. The default `Gptq()` wins back 58 [55, 61], 43 [38, 48]
+#   and 44 [28, 57] %, where the order as it is wins back a quarter on prose.
+# - *Right answers*: GPTQ with auto-gptq's settings loses 39 [25, 57] of 184, symmetric rounding 35; `Gptq()` 8 [-10, 26], none
+#   with one draw of the calibration windows and 16 with the other; `awq+gptq` 14 [-1, 27], 17 and 10. So the answers cannot
 #   tell these two apart, and one draw can tell little: of the eleven recipes with searched scales four lose 12 to 16,
 #   measurably, and a fifth 12 at the edge of it, but most of them with a single draw.
 # - *Damping* of 0.1, the default of transformers' `GPTQConfig`, of 0.0001 and of a millionth is worse than 0.01 on the real
@@ -483,14 +483,14 @@ for what, here, there in (("auto-gptq's settings", "GPTQ, by whom: ours", "GPTQ,
         print(f"{what:21} {label:16} {paired(*pair, 'answer_kl')} nats/token, of {kl:.3f}")
 
 # %% [markdown]
-# On prose that is a quarter to over a third of the KL either way. On questions it is a fifth with `Gptq()`, and with auto-gptq's
-# settings nothing that can be told.
+# On prose that is a quarter to over a third of the KL either way. On questions it is a fifth with `Gptq()`, and with
+# auto-gptq's settings nothing that can be told.
 #
 # So one verdict of the bundled model is the opposite of the real one's (AWQ against plain GPTQ; against `Gptq()` AWQ has more
 # KL on both), and where it says "no difference" the real one mostly shows one. A small model without outliers is a fair test of
 # whether code is right, and a poor one of whether an option pays. On a model of your own: searched scales and the group-aware
-# order, which is `Gptq()`; asymmetric grids, in an AWQ file where your engine reads no zero points in a GPTQ file (5 to 8 % less
-# KL); AWQ's scales before them, `awq+gptq` (another fifth); then measure, answers as well as KL.
+# order, which is `Gptq()`; asymmetric grids, in an AWQ file where your engine reads no zero points in a GPTQ file (5 to 8 %
+# less KL); AWQ's scales before them, `awq+gptq` (another fifth); then measure, answers as well as KL.
 
 # %% [markdown]
 # ## A whole model, to a file

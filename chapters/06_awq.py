@@ -359,9 +359,9 @@ carry.side_by_side("awq").drop(index=["model, GPTQ", "with outlier channels, GPT
 # All of that is GPTQ with scales fitted to the range. With searched ones (chapter 5) its KL is below AWQ's by 0.12 [0.10, 0.14]
 # nats/token on the novel and 0.07 [0.05, 0.09] on the speeches; on the questions no difference can be told.
 #
-# Scales before GPTQ, that is `awq+gptq`, are what came nearest to full precision of all that this book tried on the real model at
-# 4 bits (chapters [5](05_gptq.ipynb) and [12](12_two_models.ipynb)): asymmetric grids with searched scales, the group-aware
-# order of columns, and no clipping. Its codes fit an AWQ file like the one below.
+# Scales before GPTQ, that is `awq+gptq`, come nearest to full precision of this book's recipes on the real model at 4 bits, or
+# level with the nearest (chapters [5](05_gptq.ipynb) and [12](12_two_models.ipynb)): asymmetric grids with searched scales, the
+# group-aware order of columns, no clipping. The codes fit an AWQ file like the one below.
 #
 # ## To a file, and back
 
