@@ -70,7 +70,7 @@ class Subject:
     groups: tuple[int, ...]
     draws: int
     sets: tuple[str, ...]
-    searched: int = MOST  # windows for the toolkits' AWQ, whose search takes half a minute a window on a real model
+    searched: int = MOST  # windows for the toolkits' AWQ, whose search takes up to a minute a window on a real model
     loudest: str = ""  # the linear at which the first token outweighs all others (data/results/inputs.json)
 
     @cached_property
@@ -371,7 +371,8 @@ class Sweep:
 
 def made(variant: Variant) -> bool:
     """Whether its weights can be named without running a toolkit."""
-    return not isinstance(variant, ToolkitArtefact) or artefacts.place(variant.artefact, variant.model).is_dir()
+    return not isinstance(variant, ToolkitArtefact) or artefacts.place(
+        variant.artefact, variant.model, count=variant.windows).is_dir()
 
 
 def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:

@@ -19,15 +19,17 @@ AT4 = "recipes, 4 bits: "
 def test_verdicts_on_both_models():
     both = carry.both_models()
     counts = carry.agreement(both.drop(columns="kind")).sum()
-    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (57, 77, 86, 8)
+    assert (len(both), counts["same"], counts["one of them none"], counts["opposite"]) == (62, 81, 92, 13)
     of_kind = carry.agreement_by_kind(both)
     assert counts.sum() == 3 * len(both) == of_kind.to_numpy().sum()
     opposite = both[(both["bundled"] == "higher") & (both[REAL] == "lower").all(axis=1)]
-    assert set(opposite.index) == {("recipes, 4 bits", "AWQ"), ("AWQ beside GPTQ", "3 bits")}
+    assert set(opposite.index) == {
+        ("recipes, 4 bits", "AWQ"), ("AWQ beside GPTQ", "3 bits"),
+        ("as AutoRound", "AWQ's scales, then GPTQ, asymmetric, group aware")}
     assert of_kind.loc["calibration"].tolist() == [12, 6, 0] and of_kind.loc["a setting", "opposite"] == 0
     assert of_kind.loc["a setting", "one of them none"] > of_kind.loc["a setting", "same"]
     none = both[REAL].eq("no difference").to_numpy() & ~both["bundled"].eq("no difference").to_numpy()[:, None]
-    assert none.sum() == 9  # of the 86: elsewhere it is the bundled model that sees nothing
+    assert none.sum() == 10  # of the 92: elsewhere it is the bundled model that sees nothing
     settings = both[both["kind"] == "a setting"]
     assert settings.loc[("recipes, 4 bits", "GPTQ, symmetric"), ["bundled", *REAL]].eq("higher").all()
     for bits in (2, 3, 4):
@@ -177,6 +179,10 @@ def test_ours_beside_the_makers():
     assert all(low > 0 for _, low, _ in theirs["autogptq"])
     assert [round(apart[0], 2) for apart in theirs["autogptq"]] == [0.03, 0.1, 0.04]
     assert [carry.said(low, high) for _, low, high in theirs["gptqmodel"]] == ["lower", "higher", "no difference"]
+    awq = {m: [carry.verdict(told[w]["AWQ, by whom"][m]) for w in REAL] for m in ("autoawq", "gptqmodel")}
+    assert awq == {"autoawq": ["higher"] + 2 * ["no difference"], "gptqmodel": ["no difference", "lower", "no difference"]}
+    assert [round(abs(told[w]["AWQ, by whom"][m]["kl_against_first"][0]), 3)
+            for m, w in (("autoawq", "novel"), ("gptqmodel", "speeches"))] == [0.010, 0.010]
     learned, *ours = [it for it in told["bundled"]["as AutoRound"].items() if "SignRound" not in it[0]]
     assert learned[0] == "AutoRound" and {carry.verdict(r) for _, r in ours} == {"higher"}
     harm = carry.real("makers", *(f"as AutoRound: {s}GPTQ, group aware" for s in ("AWQ's scales, then ", ""))).values()
@@ -380,6 +386,11 @@ def test_scales_before_asymmetric_grids():
     assert [round(-f(i.estimate for i in lead)) for f in (max, min)] == [12, 23] and all(i.high < 0 for i in lead)
     learned = carry.real("makers", row("AWQ's scales, then "), "as AutoRound: GPTQ, group aware, then SignRound").values()
     assert not any(i.excludes_zero() for i in learned)
+    here = carry.rows("makers", "bundled")
+    apart = [paired(here[row("AWQ's scales, then ")], here[f"as AutoRound: {other}"], "answer_kl")
+             for other in ("GPTQ, group aware", "AutoRound", "GPTQ, group aware, then SignRound")]
+    assert [carry.said(i.low, i.high) for i in apart] == ["no difference", "higher", "higher"]
+    assert [round(i.estimate, 4) for i in apart[1:]] == [0.0005, 0.0006]
 
 
 def test_learned_roundings_beside_autoround():
