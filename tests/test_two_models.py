@@ -373,6 +373,8 @@ def test_what_the_first_token_is_needed_for():
     more = [told["first tokens counted, 4 bits", "16 times"][w] for w in REAL]
     more += [told["the same, group aware, searched scales", "16 times"][w] for w in REAL]
     assert [round(i.estimate) for i in more] == [-30, -7, -15, -20, -12, -21] and all(i.high < 0 for i in more)
+    *nothing, harm = (of["bundled"] for of in told.values())
+    assert not any(i.excludes_zero() for i in nothing) and [round(x) for x in harm] == [33, 11, 61]
 
 
 def test_scales_before_asymmetric_grids():
