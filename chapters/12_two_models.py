@@ -298,7 +298,7 @@ carry.side_by_side("first")
 # questions; of asymmetric GPTQ with searched scales in the group-aware order still 20, 12 and 21. So part of the damage is
 # neglect of the one token that all others look at. (Counting tokens by how much attention they get is the idea of
 # [Sung et al. 2025](https://arxiv.org/abs/2503.01820).) The bundled model has no such token: leaving first tokens out tells
-# nothing there, and counting them 16 times makes that last recipe worse, by a third [11, 61 %]. So no recipe of this book does
+# nothing there, and counting them 16 times makes that last recipe worse, by 33 [11, 61] %. So no recipe of this book does
 # it yet; one draw, one weight and one real model are too few.
 #
 # ## Chosen on one half, judged on the other
@@ -505,7 +505,8 @@ with pd.option_context("display.max_colwidth", None):
 # On the real model that is nearer to full precision than AutoRound's file on all three kinds of text, by 12 to 23 % of its KL,
 # and level with `gptq+signround`, in minutes. (One draw. AutoRound can make asymmetric grids too; its file here is symmetric.)
 # On the bundled model (two draws) no difference from `Gptq()` can be told, and the two learned files are nearer by 0.0005 and
-# 0.0006. Whether more answers are right cannot be told on the real model ([chapter 5](05_gptq.ipynb)).
+# 0.0006. Whether more answers are right cannot be told on the real model ([chapter 5](05_gptq.ipynb)). And this recipe was not
+# among those that its tuning set chose from.
 #
 # ## Which findings carry
 #
