@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -366,14 +367,22 @@ def test_an_artefact_is_served_as_exact_dequantization_and_the_engine_dies(asked
         assert len(server.kernels()) == 1 and (torch.cuda.is_available() or server.kernels() == ["CPUWNA16LinearKernel"])
         assert abs(kl(server, model, items[0].ids)) < 1e-3
         inside = [p for child in psutil.Process().children() if child not in before for p in children(child)]
-        stream = completion(server.url, server.model, [1], 1000, 60, ignore_eos=True)
-        next(stream)
+        under_way = threading.Event()
+        broken = ThreadPoolExecutor(1).submit(one_after_another, server, under_way)
+        assert under_way.wait(60)
         threading.Timer(once, next(p for p in inside if "Worker" in p.name()).kill).start()
         many = answers(server, prompts * 20, NEW, timeout=60)
         assert many[0].error is None and all(a.error for a in many[-20:])
-        with pytest.raises(EngineFailed):
-            list(stream)
+        with pytest.raises(EngineFailed, match=r"error line|without \[DONE\]|cannot be reached|HTTP 5"):
+            broken.result(60)
     assert gone(inside)
+
+
+def one_after_another(server, under_way):
+    """Streams until one breaks off: whenever the engine is killed, one is on its way."""
+    while True:
+        for _ in completion(server.url, server.model, [1], 1000, 600, ignore_eos=True):
+            under_way.set()
 
 
 @pytest.mark.skipif(available() is not None or not no_kernel, reason=str(available() or "there is a kernel here"))
