@@ -73,7 +73,7 @@ $(LOAD): load.txt
 artefacts: $(ENV) $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 	$(BIN)/python -m helpers.toolkits.artefacts
 
-_build/executed/%.ipynb: chapters/%.ipynb $(SOURCES) | $(ENV)
+_build/executed/%.ipynb: chapters/%.ipynb $(SOURCES) | artefacts
 	mkdir -p $(@D)
 	$(BIN)/papermill -k python3 --cwd chapters --log-level WARNING -p rebuild True $< $@.tmp.ipynb
 	mv $@.tmp.ipynb $@
