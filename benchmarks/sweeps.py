@@ -383,8 +383,8 @@ def measured_before(paths: Sequence[Path]) -> dict[str, Cell]:
 
 def named_before(paths: Sequence[Path]) -> dict[str, list[Cell]]:
     """{row: its cells} of bundles."""
-    bundles = [Cell.read(p) for p in paths if not p.is_dir()]
-    return {name: [cells_of(b)[n] for n in rows] for b in bundles for name, rows in b.key["rows"].items()}
+    bundles = [(b.key["rows"], cells_of(b)) for b in (Cell.read(p) for p in paths if not p.is_dir())]
+    return {name: [cells[n] for n in of] for rows, cells in bundles for name, of in rows.items()}
 
 
 def what_was_asked(key: Mapping[str, Any]) -> str:

@@ -122,6 +122,12 @@ def test_vllm_serves_groups_and_16_bits_by_linear(bundled, tmp_path):
     served_right(tmp_path / "mixed", bundled.tokenizer)
 
 
+def test_gptqmodel_reads_asymmetric_gptq_in_an_awq_file(bundled, tmp_path):
+    quantize_to(tmp_path / "awq", BUNDLED, AwqGptq(4, 64), WINDOWS)
+    cell = answered("GPTQModel", tmp_path / "awq", questions(bundled.tokenizer, 20))
+    assert (cell.loads, cell.right, cell.asked, cell.reason) == (True, 20, 20, "") and cell.kernel.startswith("Awq")
+
+
 @pytest.mark.skipif(available() is not None, reason=str(available()))
 def test_vllm_serves_asymmetric_gptq_in_an_awq_file(bundled, tmp_path):
     """In a GPTQ file its build for CPUs refuses zero points; the codes are the same in both."""
