@@ -21,7 +21,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* da
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: book test tests notebooks another profiled engine executed cases figures compare refresh model sets english small datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
+.PHONY: book test tests notebooks another profiled engine executed cases figures compare refresh model sets english small small-sweeps datasheet artefacts originals serving gpu execute lint clean env address sweeps bench served maps sensitivity peers
 book: artefacts _build/site/.built
 	@echo "open _build/site/_build/html/index.html"
 
@@ -107,13 +107,17 @@ datasheet: $(ENV)
 # idle cores), committed as data
 sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers learned first raised remedies best gptq awq nf4
-# The same on a real model, SmolLM2-135M, fetched on first use (93 MB): every chapter and ours against the toolkits linear by
-# linear (hours on two cores), the map of its layers, and the sweeps: a draw of each row that the committed records do not have,
-# or, with SWEPT= (nothing), of all (minutes with DEVICE=cuda, days on two cores). A row that fails is named and left
-small: SWEPT = $(wildcard data/results/sweep_small_*.npz)
-small: SWEEP = $(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
-small: $(ENV) $(ORIGINALS) $(SERVING)
+# Every chapter on a real model, SmolLM2-135M, fetched on first use (93 MB): hours, goes on at the chapter it was at; fastest on
+# two cores: OMP_NUM_THREADS=1 make -j2 small
+small: $(ENV) $(ORIGINALS)
+	$(BIN)/python -c 'from helpers.models.source import resolve; print(resolve("small"))'
 	$(MAKE) profiled PROFILE=small
+# What takes longer on it: ours against the toolkits linear by linear, the map of its layers, and the sweeps: a draw of each row
+# that the committed records do not have, or, with SWEPT= (nothing), of all (minutes with DEVICE=cuda, days on two cores). A row
+# that fails is named and left
+small-sweeps: SWEPT = $(wildcard data/results/sweep_small_*.npz)
+small-sweeps: SWEEP = $(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
+small-sweeps: $(ENV) $(ORIGINALS) $(SERVING)
 	$(BIN)/python -m benchmarks.exact
 	$(BIN)/python -m benchmarks.small_map --device $(or $(DEVICE),cpu)
 	$(SWEEP) --part 0/1 --draws 1 $(if $(SWEPT),--found $(SWEPT))

@@ -1,5 +1,5 @@
 """What each knob of the methods does to a model's answers: `make sweeps`, the bundled model, hours on one core;
-`make small`, a real one, minutes on a large GPU and days on two cores.
+`make small-sweeps`, a real one, minutes on a large GPU and days on two cores.
 
 Lists of variants. Each is scored on the same texts of the judging set, into a cell (helpers/store.py): a sweep that was
 stopped goes on where it was. Those that are calibrated are quantized several times, each time on windows drawn anew from the

@@ -279,7 +279,7 @@ of_the_real = "not measured" if real_groups.isna().any(axis=None) else "beside g
 audit.say(3, "smaller groups: better quality, more metadata; 32 to 128 is the useful range", HOLDS if (
     by_group["64"] == by_group["32"] == LOWER and by_group["-1"] == HIGHER) else CONDITIONS,
     f"bundled, 3 bits: each step from whole rows to 128, 64 and 32 lowers KL. The real model: {of_the_real}",
-    "[chapter 5](05_gptq.ipynb)", GPTQ, "make small DEVICE=cuda")
+    "[chapter 5](05_gptq.ipynb)", GPTQ, "make small-sweeps DEVICE=cuda")
 
 # %% [markdown]
 # **C8: NF4's grid beats uniform INT4 by about 0.5 perplexity.** At blocks of 64: perplexity of passages, by the texts of this
