@@ -23,7 +23,7 @@ from helpers.results import versions
 from helpers.toolkits.artefacts import ARTEFACTS, CACHE
 
 HELPERS = Path(__file__).resolve().parents[1]
-DEFAULT = ("int8", "nf4", "gptq", "awq", "autoround")
+DEFAULT = ("int8", "nf4", "gptq", "awq", "awq+gptq", "autoround")
 # a method alone is, of the bundled model, what today's toolkit makes of it; of any other our own. They have the same bits, but
 # for gptq: ours searches its scales and takes the group-aware order, GPTQModel's file is made with neither
 TOOLKIT = {"int8": "bitsandbytes-int8", "nf4": "bitsandbytes-nf4", "gptq": "gptqmodel-gptq", "awq": "gptqmodel-awq",
