@@ -17,7 +17,8 @@ INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 CHAPTERS := $(wildcard chapters/*.ipynb)
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json data/model/* data/eval/* data/text/* data/results/*.json data/results/*.npz data/gates/*)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/*.json helpers/*/*.json data/model/* data/eval/* data/text/* \
+  data/calibration/* data/cases/* data/gates/* data/artefacts/*/* data/results/*.json data/results/*.npz)
 STATIC := README.md _config.yml _toc.yml references.bib data/README.md $(wildcard data/figures/* static/*)
 export TOKENIZERS_PARALLELISM := false
 

@@ -26,6 +26,7 @@ from helpers.harness.cases import CASES, Case
 from helpers.harness.compare import circumstances
 from helpers.harness.gates import read_gates
 from helpers.harness.load import load
+from helpers.harness.named import DEFAULT
 from helpers.harness.serve import serving
 from helpers.harness.variants import Original
 from helpers.measure.tasks import read_prompts, render
@@ -33,10 +34,9 @@ from helpers.models.method import Plan
 from helpers.models.source import BUNDLED
 from helpers.results import BadRecord, Record, read, save
 
-METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, asked for plain settings
-    "bundled": ("int8", "nf4", "gptq", "awq", "autoround"),
-    "small": ("int8", "nf4", "gptq:search=false,act_group_aware=false", "awq", "gptq:sym=false,search=true,desc_act=true",
-              "awq+gptq:sym=false,search=true,act_group_aware=false")}
+METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, asked for plain settings; of the small one our default
+    "bundled": DEFAULT,
+    "small": ("int8", "nf4", "gptq", "gptq:search=false,act_group_aware=false", "awq", "awq+gptq")}
 
 
 def methods(case: Case, model: str) -> list[str]:

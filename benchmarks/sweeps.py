@@ -255,7 +255,7 @@ def recipe_panels(s: Subject) -> Iterator[Panel]:
 
 def remedy_panels(s: Subject) -> Iterator[Panel]:
     """What helps GPTQ where a few channels and the first token are loud."""
-    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False, "search": False, "act_group_aware": False}
+    pool, plain = s.tokens(), {"bits": 4, "group_size": s.group, "sym": False, **PLAIN}
     gptq, first = Gptq(**plain), GptqAfterFirst(**plain)
     remedies: dict[str, Plan | Method] = {
         "GPTQ": gptq, "first tokens left out": first, "damping by the median": GptqMedian(**plain),

@@ -308,8 +308,9 @@ print("weight error smaller than rounding's:", bool(smaller), " guessed:", guess
 
 # %% [markdown]
 # GPTQ's weights are *farther* from the original, and its output is nearer. That is equation 3.1 at work, on one linear. Whether
-# a nearer output of each linear is a better model is measured in chapter 5: on the bundled model and on a real one GPTQ has a
-# lower KL than rounding at every width, but for 3 bits on the real one's questions, where no difference can be told.
+# a nearer output of each linear is a better model is measured in chapter 5, on asymmetric grids: on the bundled model and on a
+# real one GPTQ has a lower KL than rounding at every width, but for 3 bits on the real one's questions, where no difference can
+# be told.
 #
 # The same file through transformers, which calls GPTQModel's kernel, against our reading of it: do both compute the same
 # weights?

@@ -216,7 +216,7 @@ plt.show()
 #
 # SmolLM2-135M-Instruct (chapter 5 introduces it), on a quarter of its texts: two voices of prose, and questions. KL of each
 # variant less that of the first of its panel, in % of it, with its interval; one that holds 0 says that no difference can be
-# told. (`data/results/sweep_small_nf4.json`.) Which of the five verdicts above are other ones here?
+# told. (`data/results/sweep_small_nf4.json`.) Which of the five verdicts above differ here?
 
 # %%
 guess = "NF4 or INT4"

@@ -153,10 +153,10 @@ print(f"(L + 1) / 2L = {(L + 1) / (2 * L):.3f}; {speed['linears']} linears, {len
 # ## Predict
 #
 # Before you look: of `q k v o gate up down`, which kind does most damage at 3 bits, summed over the blocks? Which block?
-# Is the output head worse than any linear inside? Change the defaults if you disagree.
+# Change the defaults if you disagree.
 
 # %%
-worst_kind, worst_block, head_is_worst = "down_proj", 0, True
+worst_kind, worst_block = "down_proj", 0
 
 # %% [markdown]
 # ## The map
@@ -216,7 +216,7 @@ print("your kind:", kinds.index[0] == worst_kind, "| your block:", int(blocks.in
 #   times the damage of the last. GPTQ takes most of that away: `o_proj` 6.1, `down_proj` 5.1, `gate_proj` 3.2, and blocks that
 #   are alike (4.3 to 6.0). ModelOpt and AutoScheme score layers by rounding, whatever quantizes them in the end.
 # - *Queries and keys* do least under GPTQ (1.1 and 1.3). They are also an eighth of the weights.
-# - *The ends*: the head does 8.5 by rounding, 4.0 by GPTQ and 2.6 by AWQ; the embedding, which only rounding can treat, 20. At
+# - *The ends*: the head does 8.4 by rounding, 4.0 by GPTQ and 2.6 by AWQ; the embedding, which only rounding can treat, 20. At
 #   2 bits the embedding is worse than any kind of linear (609).
 #
 # %% [markdown]
@@ -316,9 +316,9 @@ for kind, a in failing.items():
 # Downwards, a layer is quantized in a model without other errors. Upwards, it is put back to 16 bits in a model whose other
 # layers are all at 2 (or 3) bits: EXL3 measures so. What does each way say of the kinds?
 #
-# (The map above is of GPTQ with scales fitted to the range. This record and the plans below are of searched scales, all above
-# zero. Both have the columns in the order as they are; today's default has scales of either sign and the group-aware order. On
-# this model no gain of that order can be told, and on its tuning set a small loss: chapter 12.)
+# (The bundled model's map is of GPTQ with scales fitted to the range. This record and the plans below are of searched scales,
+# all above zero. Both have the columns in the order as they are; today's default has scales of either sign and the group-aware
+# order. On this model no gain of that order can be told, and on its tuning set a small loss: chapter 12.)
 
 # %%
 from dataclasses import replace
@@ -630,7 +630,7 @@ print(f"{len(dynamic)} rules in the file; the model read back is the one that wa
 #   ones.
 # - *Bits are not bytes.* ModelOpt counts codes alone by default; a budget that counts the head spends itself on the head.
 # - *Kernels.* An engine that has no kernel for 3 bits cannot serve the plan, whatever its KL (chapter 9 asks it).
-# - *One model.* Which kind is worst is a fact about this model. Measure yours.
+# - *Two models.* Which kind is worst is a fact about each of them. Measure yours.
 #
 # ## Summary
 #

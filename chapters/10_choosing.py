@@ -354,7 +354,7 @@ assert same
 # %% tags=["nbval-ignore-output"]
 from helpers.measure.tasks import examples
 
-if full.name and {"recall_4", "recall_far"} <= {e.task for e in study.judge}:
+if {"recall_4", "recall_far"} <= {e.task for e in study.judge}:
     recall = replace(study, judge=[
         *examples("judge", ["recall_4"], 3 * a_task), *examples("judge", ["recall_far"], 6 * a_task)])
     long = seen(short_windows(recall, requests), recall)

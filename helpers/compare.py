@@ -13,8 +13,8 @@ from helpers.files import write_atomically
 from helpers.harness import report
 from helpers.harness.gates import FAIL, PASS, UNDECIDED
 from helpers.harness.jobs import executor_at
-from helpers.harness.named import located
-from helpers.harness.study import DEFAULT_GATES, prepared
+from helpers.harness.named import DEFAULT, located
+from helpers.harness.study import DEFAULT_GATES, DTYPES, prepared
 from helpers.page import to_html
 
 STATUS = {PASS: 0, FAIL: 99, UNDECIDED: 98}
@@ -36,9 +36,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--prompts", type=Path, help='your questions, a .jsonl of {"prompt", and if you have them "answer", '
                         '"task", "schema"}; a third of them is kept to choose settings by')
     parser.add_argument("--gates", type=Path, default=DEFAULT_GATES, help="your limits, YAML (chapter 9)")
-    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="int8 nf4 gptq awq autoround; one with "
-                        "settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; a quantized model's folder; "
-                        "a plan.json of `python -m helpers.sensitivity`")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help=f"{' '.join(DEFAULT)}; one "
+                        "with settings, gptq:bits=3,group_size=64; an artefact such as autogptq-gptq; the folder of a "
+                        "quantized model; a plan.json of `python -m helpers.sensitivity`")
     parser.add_argument("--out", type=Path, default=book.BUILD / "compare", help="folder for the notebook, report.html, "
                         "results.json, manifest.yml and the figures")
     parser.add_argument("--limit", type=int, default=50, help="most questions a task, of the book's own")
@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> Namespace:
                         "engine (make serving), at these rates of requests a second")
     parser.add_argument("--executor", help="dask://host:port: scores are computed on a cluster that sees the same files")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="that full precision is computed in")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="that full precision is computed in")
     parser.add_argument("--results", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results.json instead")
     return parser.parse_args(argv)
 

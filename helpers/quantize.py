@@ -36,7 +36,8 @@ def parse(argv: list[str]) -> tuple[Method, Namespace]:
     parser.add_argument("model", help="a folder with safetensors, or a hub id owner/name")
     parser.add_argument("out", type=Path, help="folder of the artefact; an earlier one is replaced")
     parser.add_argument("--method", choices=writable, default="gptq",
-                        help="chapters 3 (rtn), 4 (nf4), 5 (gptq), 6 (awq); the options below are those of the chosen one")
+                        help="chapters 3 (rtn), 4 (nf4), 5 (gptq), 6 (awq, awq+gptq), 9 (int8), 12 (gptq+signround); the "
+                        "options above are those of the chosen one")
     parser.add_argument("--text", type=Path, help="calibration text, like what the model will be asked: passages between "
                         'blank lines, or .jsonl of {"text": ...} (chapter 5 measures what it is worth)')
     parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window (chapter 5)")

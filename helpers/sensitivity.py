@@ -17,7 +17,7 @@ from helpers.harness.allocate import save_plan
 from helpers.harness.compare import Quality
 from helpers.harness.planner import BITS, GROUPS, Planner, settings, single_kl
 from helpers.harness.sensitivity import Sensitivity, table
-from helpers.harness.study import material
+from helpers.harness.study import DTYPES, material
 from helpers.measure.stats import studentized_interval
 from helpers.measure.tasks import encode_all
 from helpers.methods.gptq import Gptq
@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--limit", type=int, default=30, help="most questions a task, of the book's own")
     parser.add_argument("--out", type=Path, default=book.BUILD / "sensitivity", help="folder for the map and the plan")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="that full precision is computed in")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="that full precision is computed in")
     return parser.parse_args(argv)
 
 

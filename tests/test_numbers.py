@@ -42,6 +42,7 @@ FACTS = {  # what `code` may name: a number, or as many as the phrase has
     "right answers, fitted scales": lambda: [
         (lost := lost_of("GPTQ, symmetric"))[0], 184, *lost[1:]],  # 184: test_two_models.py
     "right answers, our default": lambda: lost_of("GPTQ, symmetric, group aware, searched scales"),
+    "right answers, NF4": lambda: lost_of("NF4"),
     "right answers, AWQ's scales": lambda: lost_of("AWQ's scales, then GPTQ, group aware, searched scales"),
     "seconds of training": lambda: json.loads((RESULTS / "training_curve.jsonl").read_text().splitlines()[-1])["seconds"],
     "seconds of engines": lambda: sum(c["seconds"] for r in read("portability").data["matrix"].values() for c in r.values()),

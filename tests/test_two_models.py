@@ -1,5 +1,6 @@
 """Chapter 12: what its text says, by the records."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from helpers.harness import carry
 from helpers.harness.sensitivity import where
-from helpers.measure.stats import paired
+from helpers.measure.stats import paired, ratio_interval
 from helpers.results import read
 from helpers.store import values
 
@@ -222,12 +223,62 @@ def test_right_answers_of_the_real_model():
     assert [round(x) for x in lost["GPTQ, symmetric"]] == [39, 57, 25] and round(lost["rounding, symmetric"][0]) == 35
     default = "GPTQ, symmetric, group aware, searched scales"
     recipe = "AWQ's scales, then GPTQ, group aware, searched scales"
-    assert [round(x) for row in (default, recipe) for x in lost[row]] == [8, 26, -10, 14, 27, -1]
+    assert [round(x) for row in (default, recipe, "NF4") for x in lost[row]] == [8, 26, -10, 14, 27, -1, 9, 21, -3]
+    answers_of = {row: carry.right(values("sweep_small_recipes")[AT4 + row]).astype(float) for row in (default, recipe, "NF4")}
+    for one, other in itertools.combinations(answers_of.values(), 2):
+        assert not ratio_interval(one.mean(0) - other.mean(0), np.ones(300)).excludes_zero()
     draws = [184 - carry.right(values("sweep_small_recipes")[AT4 + row]).sum(1) for row in (default, recipe)]
     assert [of_it.tolist() for of_it in draws] == [[0, 16], [17, 10]]
     searched = {row: x for row, x in lost.items() if "searched" in row}
     harm = {row: round(x[0]) for row, x in searched.items() if x[2] > 1e-9}
     assert len(searched) == 11 and sorted(harm.values()) == [12, 13, 16, 16] and not [r for r in harm if "aware" in r]
+    assert [12, 24, 0] in [[abs(round(x)) for x in it] for it in searched.values()]
+
+
+def test_right_answers_of_the_bundled_model():
+    """Chapter 5: how many of 3,155 each recipe loses."""
+    exact = {row.removeprefix(AT4): of["exact"].astype(float) for row, of in values("sweep_recipes").items()}
+    full = exact["16 bits: 16 bits"][0]
+    assert full.sum() == 3155
+    default, ones = "GPTQ, symmetric, group aware, searched scales", np.ones(len(full))
+    for row, lost in {default: [24, 9, 41], "AWQ": [24, 10, 39], "GPTQ, symmetric": [12, 2, 24], "NF4": [35, 20, 51],
+                      "AWQ's scales, then GPTQ, group aware, searched scales": [23, 12, 35]}.items():
+        i = ratio_interval(full - exact[row], ones)
+        assert [round(len(full) * x) for x in (i.estimate, i.low, i.high)] == lost
+    assert not ratio_interval(exact[default] - exact["GPTQ, symmetric"], ones).excludes_zero()
+
+
+def test_our_default_on_the_bundled_model():
+    """README and chapter 5: less KL than auto-gptq's settings, level with `awq+gptq`; the shares of the loss won back."""
+    of, won = carry.rows("recipes", "bundled"), carry.panels("recipes")["bundled"]["recipes, 4 bits"]
+    default, fitted, scaled = (f"{AT4}{r}" for r in (
+        "GPTQ, symmetric, group aware, searched scales", "GPTQ, symmetric",
+        "AWQ's scales, then GPTQ, group aware, searched scales"))
+    less, searched = (carry.share(of[row], of[fitted]) for row in (default, f"{AT4}GPTQ, symmetric, searched scales"))
+    assert round(less.estimate) == -15 and less.high < 0 and -26 < searched.estimate < -22 and searched.high < 0
+    assert not paired(of[scaled], of[default], "answer_kl").excludes_zero()
+    assert not paired(of[f"{AT4}GPTQ, group aware, searched scales"], of[default], "answer_kl").excludes_zero()
+    assert [round(100 * x) for r in (default, scaled) for x in won[r.removeprefix(AT4)]["won_back"]] == [83, 71, 94, 67, 51, 80]
+    assert round(won["rounding"]["kl"][0], 3) == 0.009  # chapter 1
+    assert read("sweep_best").data["questions"] == 3510 and carry.said(
+        *read("sweep_best").data["sweeps"]["3 bits"]["searched scales"]["kl_against_first"][1:]) == "lower"
+
+
+def test_grids_and_bits_on_the_real_model():
+    """Chapters 5 and 6: what asymmetric grids are worth to our default, AWQ beside searched scales, GPTQ at each width."""
+    rows = {w: carry.rows("recipes", w) for w in REAL}
+    grid = [carry.share(of[f"{AT4}GPTQ, group aware, searched scales"], of[
+        f"{AT4}GPTQ, symmetric, group aware, searched scales"]) for of in rows.values()]
+    assert [carry.said(i.low, i.high) for i in grid] == ["lower", "lower", "no difference"]
+    assert all(-8 < i.estimate < -6 for i in grid[:2])
+    awq = [carry.share(of[f"{AT4}AWQ"], of[f"{AT4}GPTQ, searched scales"]) for of in rows.values()]
+    assert [round(-f(i.estimate for i in awq)) for f in (max, min)] == [13, 27] and all(i.high < 0 for i in awq)
+    told = carry.pairs().loc["GPTQ beside rounding"]
+    assert told.loc["3 bits", REAL].tolist() == ["lower", "lower", "no difference"]
+    assert told.drop("3 bits")[REAL].eq("lower").all(axis=None)
+    more = [paired(of["calibration windows of 256: 128"], of["calibration windows of 256: 64"], "answer_kl")
+            for of in (carry.rows("gptq", w) for w in REAL)]
+    assert [carry.said(i.low, i.high) for i in more] == ["higher", "no difference", "higher"]
 
 
 def test_rounding_on_the_real_model():
@@ -386,6 +437,8 @@ def test_scales_before_asymmetric_grids():
     of = {w: carry.rows("makers", w) for w in REAL}
     lead = [carry.share(of[w][row("AWQ's scales, then ")], of[w]["as AutoRound: AutoRound"]) for w in REAL]
     assert [round(-f(i.estimate for i in lead)) for f in (max, min)] == [12, 23] and all(i.high < 0 for i in lead)
+    default = [carry.share(of[w][row("AWQ's scales, then ")], of[w]["as AutoRound: GPTQ, group aware"]) for w in REAL]
+    assert [round(i.estimate) for i in default[:2]] == [-12, -12] and [i.high < 0 for i in default] == [True, True, False]
     learned = carry.real("makers", row("AWQ's scales, then "), "as AutoRound: GPTQ, group aware, then SignRound").values()
     assert not any(i.excludes_zero() for i in learned)
     here = carry.rows("makers", "bundled")

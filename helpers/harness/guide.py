@@ -24,17 +24,16 @@ class Entry(NamedTuple):
 ENTRIES = {
     "NF4": Entry("NF4", "today, without calibration text; to train adapters on top",
                  "if an engine has to serve a file at speed", "GPTQ", "04_nf4.ipynb"),
-    "GPTQ": Entry("GPTQ", "as the yardstick of this table", "if a few input channels are far larger than the rest",
-                  "our default", "05_gptq.ipynb"),
+    "GPTQ": Entry("GPTQ", "as the yardstick of this table", "wherever scales can be searched", "our default", "05_gptq.ipynb"),
     "GPTQ, our default": Entry(
         "GPTQ, symmetric, group aware, searched scales",
         "the first to try of one method alone: vLLM reads its file, on a CPU too",
-        "with calibration text unlike your requests", "AWQ", "05_gptq.ipynb"),
+        "with calibration text unlike your requests", "text that the model wrote itself, or NF4", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "for less KL still, where the engine reads desc_act and asymmetric grids",
         "if the file has to become an AWQ file", "our default", "05_gptq.ipynb"),
-    "AWQ": Entry("AWQ", "if a few input channels are far larger than the rest", "below 4 bits, which the format cannot hold",
-                 "GPTQ, our default", "06_awq.ipynb"),
+    "AWQ": Entry("AWQ", "if the GPTQ at hand is plain, on a model with loud channels as the real one here",
+                 "below 4 bits, which the format cannot hold", "GPTQ, our default", "06_awq.ipynb"),
     "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, group aware, searched scales", "for the least KL, in a file vLLM reads",
                             "below 4 bits, which that file cannot hold", "GPTQ, our default", "06_awq.ipynb"),
 }

@@ -15,7 +15,6 @@ from helpers.files import code_hash, key_hash, put_in_place
 from helpers.harness.allocate import read_plan
 from helpers.harness.variants import Folder, Original, OurArtefact, ToolkitArtefact, Variant
 from helpers.models.checkpoint import format_for, quantize_to
-from helpers.models.formats import AWQ, GPTQ
 from helpers.models.layers import common_group
 from helpers.models.method import Format, Method, Plan, PlanError
 from helpers.models.source import BUNDLED, DATA, ModelUnavailable
@@ -28,8 +27,8 @@ DEFAULT = ("int8", "nf4", "gptq", "awq", "awq+gptq", "autoround")
 # for gptq: ours searches its scales and takes the group-aware order, GPTQModel's file is made with neither
 TOOLKIT = {"int8": "bitsandbytes-int8", "nf4": "bitsandbytes-nf4", "gptq": "gptqmodel-gptq", "awq": "gptqmodel-awq",
            "autoround": "autoround-gptq"}
-# the files of these methods have these shapes; random weights need no more
-SHAPED = {"gptq": ("rtn", "sym=true", GPTQ), "awq": ("awq", "scale=false,clip=false", AWQ)}
+# rounding on these grids makes files of the same shapes; random weights need no more
+SHAPED = {"gptq": "sym=true", "awq": "sym=false", "awq+gptq": "sym=false"}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -76,12 +75,9 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
         raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(known)}, autoround), no artefact "
                             f"({', '.join(ARTEFACTS)}), no folder with a config.json and no plan.json")
     if shapes and kind in SHAPED and not settings:
-        rounding, settings, form = SHAPED[kind]
-        plan, tokens = Plan(_method(rounding, settings, full)), tokens[:1]
-    else:
-        plan = Plan(_method(kind, settings, full))
-        form = format_for(plan)
-    return OurArtefact(name, ours(full, plan, form, tokens), plan, True)
+        kind, settings = "rtn", SHAPED[kind]
+    plan = Plan(_method(kind, settings, full))
+    return OurArtefact(name, ours(full, plan, format_for(plan), tokens), plan, True)
 
 
 def _method(kind: str, settings: str, full: Original) -> Method:

@@ -23,13 +23,14 @@ from helpers.harness.variants import Missing, Original, Variant
 from helpers.measure.answers import answered, prompt_ids, structured
 from helpers.measure.quality import Scores
 from helpers.measure.tasks import Example, applicable, encode_all, encode_text, examples, read_prompts, split, text
-from helpers.models.source import BUNDLED, DATA
+from helpers.models.source import BUNDLED, DATA, check_device
 from helpers.models.texts import BadData, calibration, context_of, windows
 from helpers.results import BadRecord, read
 from helpers.store import Store
 from helpers.toolkits.artefacts import CALIBRATION
 
 DEFAULT_GATES = DATA / "gates" / "default.yml"
+DTYPES = ("float32", "bfloat16", "float16")  # that full precision is computed in
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def material(model: str = "bundled", revision: str | None = None, dtype: str = "
         raise BadData(f"limit: expected at least 1 question a task, got {limit}")
     shapes = model.endswith("config.json")
     full = Original(str(random_weights(Path(model))) if shapes else model, revision, dtype)
+    check_device(device)
     tokenizer = AutoTokenizer.from_pretrained(full.folder)
     if shapes:
         tune, judge, passages = [], [], {}
