@@ -96,6 +96,7 @@ def test_a_plan_is_a_method(own, capsys, monkeypatch):
     (["--prompts", "FOLDER/few.jsonl"], "few.jsonl: of 1 questions"),
     (["--methods", "qptq"], "methods: 'qptq' is no method"),
     (["--methods", "gptq:bits=9"], "methods: gptq: bits: expected 2 to 8, got 9"),
+    (["--device", "abacus"], "device 'abacus' cannot be used: "),
     (["--limit", "0"], "limit: expected at least 1 question a task, got 0"),
     (["--out", "FOLDER/prompts.jsonl"], "prompts.jsonl"),
     (["--executor", "spark://here"], "executor: 'spark://here': expected nothing, or dask://host:port"),
