@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
 from helpers.methods.gptq_signround import GptqSignRound
 from helpers.methods.rtn import Rtn
@@ -98,6 +99,13 @@ class GptqFirstCounted(Gptq):
 
     def solve(self, W: Tensor, kept: FirstBeside) -> tuple[Quantized, Notes]:
         return super().solve(W, Gram(kept.rest + self.times * kept.first, kept.absolute, kept.tokens))
+
+
+@dataclass(frozen=True)
+class AwqGptqFirstCounted(AwqGptq, GptqFirstCounted):
+    """The same after AWQ's scales, which are searched with every token counted once."""
+
+    name: ClassVar[str] = "awq+gptq, first tokens counted more"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.methods import (
+    AwqGptqFirstCounted,
     GptqAfterFirst,
     GptqBesideFirst,
     GptqFirstCounted,
@@ -279,6 +280,10 @@ def first_panels(s: Subject) -> Iterator[Panel]:
     for knob, also in {"first tokens counted, 4 bits": PLAIN, "the same, group aware, searched scales": {}}.items():
         for value, method in {"once": GptqBesideFirst, "16 times": GptqFirstCounted}.items():
             yield Panel(knob, value, s.drawn(method(4, s.group, sym=False, **also), pool))
+    for knob, method in {"the same, after AWQ's scales": AwqGptqFirstCounted(4, s.group),
+                         "first tokens counted, our default": GptqFirstCounted(4, s.group)}.items():
+        for value, times in {"once": 1, "4 times": 4, "16 times": 16}.items():
+            yield Panel(knob, value, s.drawn(replace(method, times=times), pool))
 
 
 def learned_panels(s: Subject) -> Iterator[Panel]:

@@ -184,9 +184,10 @@ if isinstance(cases, pd.DataFrame):
 # On the *real* model nothing passes in any of the three cases:
 #
 # - *Chatbot*, undecided: NF4, AWQ and GPTQ with auto-gptq's settings fail the limit on KL, and the last loses a third of the
-#   right answers; NF4, 8 bits and both of these GPTQ recipes loop. AWQ's scales before GPTQ keep the answers, but the engine
-#   refuses an asymmetric GPTQ file on this processor, and as no English request asks for JSON that gate stays open. (Today
-#   such codes go into an AWQ file, which it reads.)
+#   right answers. That one, NF4, 8 bits, and asymmetric GPTQ with desc_act and searched scales loop. AWQ's scales before GPTQ
+#   lose no answers that can be told, but recovery and loops stay undecided, the engine refuses an asymmetric GPTQ file on this
+#   processor, and as no English request asks for JSON that gate stays open. (Today such codes go into an AWQ file, which it
+#   reads.)
 # - *Reports*, failed: GPTQ (the article's choice), NF4 and AWQ keep 75 to 84 % of the right answers, of 93 that are asked for.
 #   The two better recipes keep enough, but KL is 0.009, of 0.002 that are allowed. 8 bits pass all but the limit on memory: a
 #   fifth of this model is its embedding, which stays in 16 bits, and 0.61 of the bytes are left, not 0.5.
@@ -274,8 +275,8 @@ slower()
 # A 4-bit file of the same shape answers later than 16 bits at each rate, and the more so the busier the server. Detected by
 # `served: {rate: 1, ttft_ms: ...}`; remedied here by 16-bit kernels that the processor has (bfloat16), at four times the bytes.
 #
-# Ask of which 16 bits, too. The servers of `make cases` ran on another processor; there the real model cannot be served in
-# float16 at all, and its 4-bit files look fast, until it is served in bfloat16 (ms):
+# Ask of which 16 bits, too. The servers of `make cases` ran on another processor; there the real model takes ten times as long
+# for a token in float16 as in bfloat16 and more, so its 4-bit files look fast beside the one and slow beside the other (ms):
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.cases import served_table
