@@ -423,9 +423,16 @@ def test_what_the_first_token_is_needed_for():
         assert sum(p.estimate for p in parts) == pytest.approx(whole.estimate, rel=0.12)
     more = [told["first tokens counted, 4 bits", "16 times"][w] for w in REAL]
     more += [told["the same, group aware, searched scales", "16 times"][w] for w in REAL]
-    assert [round(i.estimate) for i in more] == [-30, -7, -15, -20, -12, -21] and all(i.high < 0 for i in more)
-    *nothing, harm = (of["bundled"] for of in told.values())
-    assert not any(i.excludes_zero() for i in nothing) and [round(x) for x in harm] == [33, 11, 61]
+    more += [told["first tokens counted, our default", f"{times} times"][w] for times in (16, 4) for w in REAL]
+    assert [round(i.estimate) for i in more] == [-30, -7, -15, -20, -12, -21, -22, -14, -9, -17, -7, -16]
+    assert all(i.high < 0 for i in more)
+    scaled = {times: [told["the same, after AWQ's scales", f"{times} times"][w] for w in REAL] for times in (16, 4)}
+    assert [round(i.estimate) for i in scaled[16][:2]] == [-5, -10] and all(i.high < 0 for i in scaled[16][:2])
+    assert not scaled[16][2].excludes_zero() and scaled[4][2].low > 0
+    level = carry.real("first", "first tokens counted, our default: 16 times", "the same, after AWQ's scales: once")
+    assert not any(i.excludes_zero() for i in level.values())
+    harm = told.pop(("the same, group aware, searched scales", "16 times"))["bundled"]
+    assert not any(of["bundled"].excludes_zero() for of in told.values()) and [round(x) for x in harm] == [33, 11, 61]
 
 
 def test_scales_before_asymmetric_grids():
