@@ -194,7 +194,7 @@ if isinstance(cases, pd.DataFrame):
 # - *Doses*, failed: AWQ (the article's choice) keeps the answers, at a KL of 0.13, of 0.001 that is allowed; 8 bits: 0.004.
 #
 # Our default is not among them: these cases are older than its order of columns, and than the wider intervals of KL that gates
-# have now ([chapter 9](09_harness.ipynb)).
+# have now ([chapter 9](09_harness.ipynb)). `make cases` asks for it and for `awq+gptq`; that has not been run yet.
 #
 # A limit on KL that suits one model says little on another: these were set by what the bundled one shows. Set yours from what
 # 8 bits and your own answers show.

@@ -28,7 +28,7 @@ ENTRIES = {
     "GPTQ, our default": Entry(
         "GPTQ, symmetric, group aware, searched scales",
         "the first to try of one method alone: vLLM reads its file, on a CPU too",
-        "with calibration text unlike your requests", "text that the model wrote itself, or NF4", "05_gptq.ipynb"),
+        "with calibration text unlike your requests", "text that the model wrote itself", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "for less KL still, where the engine reads desc_act and asymmetric grids",
         "if the file has to become an AWQ file", "our default", "05_gptq.ipynb"),
