@@ -66,8 +66,9 @@ from helpers.harness.study import prepared
 
 run_on = settings(model, profile)
 where = {k: given or run_on[k] for k, given in (("revision", revision), ("dtype", dtype), ("device", device))}
+bars = run_on["model"] != "bundled"  # of progress; on the bundled model none, so that this page is the same each time
 study = prepared(run_on["model"], **where, prompts=prompts, gates=gates, methods=methods or (), rebuild=rebuild,
-                 limit=limit or min(30, run_on["limit"]))
+                 limit=limit or min(30, run_on["limit"]), progress=bars)
 variants = {v.name: v for v in study.everyone()}
 FULL = study.full.name
 print(f"{len(study.judge)} questions to judge by, {len(study.tune)} to choose settings by; variants: {', '.join(variants)}")
@@ -168,7 +169,7 @@ nearest_guess, cannot_be_told_guess = "autoround", {("gptq", "autoround")}
 # the file, dequantized exactly; latency and memory are those of the library's own kernels.
 
 # %% tags=["nbval-ignore-output"]
-measured = study.measure(progress=False, rates=rates)
+measured = study.measure(progress=bars, rates=rates)
 for name, m in measured.items():
     for measure, why in m.failed.items():
         print(f"{name}: {measure} failed: {why}")

@@ -214,7 +214,7 @@ def material(model: str = "bundled", revision: str | None = None, dtype: str = "
 
 def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "float32", device: str = "cpu",
              prompts: Path | None = None, gates: Path | None = None, methods: Sequence[str] = (), limit: int = 50,
-             rebuild: bool = False, store: Store | None = None) -> Study:
+             rebuild: bool = False, store: Store | None = None, progress: bool = True) -> Study:
     """A study from its arguments: those of `material`, gates in a file, and `methods` by name.
 
     Raises what is wrong with them: ModelUnavailable, BadData, BadGates, UnknownMethod, PlanError.
@@ -225,5 +225,5 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
     # AutoRound takes minutes to hours to make
     names = list(methods) or [m for m in DEFAULT if full.folder == BUNDLED or m != "autoround"]
     shapes = model.endswith("config.json")
-    return Study(full, named(names, full, tokens, rebuild, shapes), tune, judge, passages, chosen, device, store or Store(),
-                 shapes)
+    variants = named(names, full, tokens, rebuild, shapes, progress)
+    return Study(full, variants, tune, judge, passages, chosen, device, store or Store(), shapes)
