@@ -50,10 +50,15 @@ def methods(case: Case, model: str) -> list[str]:
     return found
 
 
-def run(case: Case, model: str) -> dict:
-    """One comparison, run now if none of the same questions, limits, weights and code was: exit status, and results.json."""
+def folder(case: Case, model: str) -> Path:
+    """Where a comparison is left: another one for other questions, limits, weights or code."""
     same = [circumstances(), Original(model).weights, methods(case, model), *map(file_hash, (case.prompts(model), case.gates))]
-    out = BUILD / "cases" / f"{model}-{case.name}-{key_hash(same)}"
+    return BUILD / "cases" / f"{model}-{case.name}-{key_hash(same)}"
+
+
+def run(case: Case, model: str) -> dict:
+    """One comparison, run now if it has not been: exit status, and results.json."""
+    out = folder(case, model)
     argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),
             "--methods", *methods(case, model)]
     if not (out / "results.json").is_file():

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from helpers.book import BUILD
+from benchmarks import cases
 from helpers.files import folder_hash
 from helpers.harness.cases import CASES
 from helpers.harness.named import named
@@ -56,7 +56,7 @@ def breaking(sound: Ask, broken: Ask, after: int, happens: Callable[[], None] = 
 
 
 def main() -> None:
-    path = BUILD / "cases" / f"bundled-{CASE.name}" / "manifest.yml"
+    path = cases.folder(CASE, "bundled") / "manifest.yml"
     manifest, told, full = read_manifest(path), yaml.safe_load(path.read_text()), Original()
     names = [told[role]["variant"] for role in ("deploy", "fallback")]
     variants = {full.name: full} | {v.name: v for v in named([n for n in names if n != full.name], full, ())}

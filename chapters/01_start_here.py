@@ -177,8 +177,8 @@ plt.show()
 # Is it the same on a larger model? On SmolLM2-135M, a real one, rounding to 4 bits in groups of 64 costs measurably, too, and
 # far more: its KL, how far the probabilities moved ([chapter 2](02_pipelines.ipynb)), is 0.24 to 0.33 nats/token, by text
 # ([chapter 5](05_gptq.ipynb)); on the bundled model, in groups of 128, it is 0.009. Chapters 2 to 7, 10 and 11 say which of
-# their verdicts hold on both models, and [chapter 12](12_two_models.ipynb) counts them; chapter 9 shows the bundled one alone,
-# and runs on any.
+# their verdicts hold on both models (chapter 7 of its maps alone), and [chapter 12](12_two_models.ipynb) counts them; chapter 9
+# shows the bundled one alone, and runs on any.
 #
 # ## How to run it
 #

@@ -18,9 +18,9 @@
 # *On a GPU*: the same cells; speed is then worth reading.
 #
 # The pipelines are bitsandbytes (NF4, with int8 as the mild fallback) and GPTQModel (GPTQ and AWQ), each as its own
-# documentation recommends, but that GPTQModel's order of columns is off: its GPTQ is the plain one here ([chapter
-# 5](05_gptq.ipynb)). Beside them stand the two archived toolkits that GPTQModel replaced, auto-gptq and autoawq,
-# because their files are still everywhere.
+# documentation recommends, but that GPTQModel's group-aware order of columns is off: so its GPTQ has auto-gptq's settings,
+# except for the damping ([chapter 5](05_gptq.ipynb)). Beside them stand the two archived toolkits that GPTQModel replaced,
+# auto-gptq and autoawq, because their files are still everywhere.
 
 # %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
@@ -285,7 +285,7 @@ for name in [n for n in ("gptqmodel-gptq", "gptqmodel-awq") if n in loaded]:
 
 # %% [markdown]
 # It runs, and says little: one request, no warm-up, and characters are no unit of a model's work. A faster time may only
-# mean that one answer was shorter. The table above answers the question that the example asks.
+# mean that one answer was shorter. The table of KL and right answers above says what the example asks.
 #
 # *Example 2* loads a 16-bit checkpoint straight into NF4, with double quantization (the scales are quantized as well, [chapter
 # 4](04_nf4.ipynb)) and bf16 compute, and generates 80 tokens. That is the call behind `bitsandbytes-nf4`, without the file:

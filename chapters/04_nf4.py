@@ -284,7 +284,8 @@ print(f"{weights:,} weights: all codes and all absmax values identical")
 #
 # ## Summary
 #
-# Sixteen quantiles, one scale per 64 weights, 4.127 bits with double quantization; no calibration, no file needed.
+# Sixteen quantiles, one scale per 64 weights, 4.127 bits with double quantization; no calibration, no file needed. On the
+# bundled model it cannot be told from a uniform grid in blocks as small; on the real one it loses less than one.
 #
 # ## Exercises
 #

@@ -438,8 +438,8 @@ pd.DataFrame(rows).T
 #   on the real one. With asymmetric grids in the group-aware order, which is `awq+gptq`, it comes nearest of all recipes, or
 #   level with the nearest: by a quarter of the KL nearer than `Gptq()` on every kind of text. That is calibrated on the novel,
 #   for speeches and questions as well; on the bundled model the two cannot be told apart. Calibrated on instructions, it is
-#   nearer by 12 % on prose and on questions cannot be told. Before symmetric grids in that order the scales do harm then, and
-#   on the speeches if calibrated on the novel, too ([chapter 12](12_two_models.ipynb)).
+#   nearer by 12 % on prose and on questions cannot be told. Before *symmetric* grids in that order the scales do harm: on all
+#   three kinds of text if calibrated on instructions, on the speeches if on the novel ([chapter 12](12_two_models.ipynb)).
 # - *Symmetric* grids fitted to the range, auto-gptq's, are worse on both. On the real model they cost as much loss as
 #   asymmetric rounding on the novel, more on the speeches, nearly twice as much on questions. Searched scales, of either sign,
 #   take a third to a half of their KL away, in the same bytes; on the bundled model a quarter.
@@ -496,8 +496,8 @@ for what, here, there in (("auto-gptq's settings", "GPTQ, by whom: ours", "GPTQ,
         print(f"{what:21} {label:16} {paired(*pair, 'answer_kl')} nats/token, of {kl:.3f}")
 
 # %% [markdown]
-# On prose that is a quarter to over a third of the KL either way. On questions it is a fifth with `Gptq()`, and with
-# auto-gptq's settings nothing that can be told.
+# On prose that is a quarter to over a third of the KL, with auto-gptq's settings as with `Gptq()`. On questions it is a fifth
+# with `Gptq()`, and with auto-gptq's settings nothing that can be told.
 #
 # So one verdict of this chapter is the opposite on the real model (AWQ against plain GPTQ; against `Gptq()` AWQ has more KL on
 # both), and where the bundled one says "no difference" the real one mostly shows one. A small model without outliers is a fair
@@ -506,8 +506,9 @@ for what, here, there in (("auto-gptq's settings", "GPTQ, by whom: ours", "GPTQ,
 #
 # 1. searched scales and the group-aware order, which is `Gptq()`;
 # 2. asymmetric grids, in an AWQ file where your engine reads no zero points in a GPTQ file: on the real model 7 % less KL on
-#    prose, on questions and on the bundled one nothing that can be told;
-# 3. AWQ's scales before them, `awq+gptq`: on the real model another fifth, on the bundled one nothing.
+#    prose, calibrated on the novel; on questions and on the bundled one nothing that can be told;
+# 3. AWQ's scales before them, `awq+gptq`: on the real model another fifth if calibrated on the novel; on instructions 2. and 3.
+#    together are worth 12 % on prose and nothing on questions; on the bundled one nothing.
 
 # %% [markdown]
 # ## A whole model, to a file
@@ -606,7 +607,8 @@ for file, engines in exact.data["our files in engines"].items():
 #
 # ## Summary
 #
-# Round a column, pass the error on through one triangular factor of $H$. The data set enters only through $H$.
+# Round a column, pass the error on through one triangular factor of $H$. The data set enters only through $H$, and on the real
+# model decides as much as most options: try more than one. Start with `Gptq()`, then asymmetric grids, then `awq+gptq`.
 #
 # ## Exercises
 #

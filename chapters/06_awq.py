@@ -435,7 +435,8 @@ except ToolkitMissing as missing:
 # ## Summary
 #
 # AWQ is rounding to nearest after a change of scale that costs nothing at run time, found by a search over one number, and
-# clipping. The candidates need only the sizes of the inputs; choosing among them, and clipping, use $H$.
+# clipping. The candidates need only the sizes of the inputs; choosing among them, and clipping, use $H$. The scales pay where
+# some channels are loud: on the real model and on the outlier variant, not on the bundled one.
 #
 # ## Exercises
 #

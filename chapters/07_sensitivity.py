@@ -223,7 +223,8 @@ print("your kind:", kinds.index[0] == worst_kind, "| your block:", int(blocks.in
 # ## The same on a real model
 #
 # SmolLM2 (chapter 12) has thirty blocks, so its map was taken at 3 bits alone, in groups of 64, on 35 texts of its tuning set
-# (stored: `python -m benchmarks.small_map`). GPTQ took the columns as they are and searched its scales, all above zero, then.
+# (stored: `python -m benchmarks.small_map`). GPTQ took the columns as they are and searched its scales, all above zero: the
+# default of that time.
 # Is it the same kind that is dearest?
 
 # %%
@@ -312,6 +313,8 @@ for kind, a in failing.items():
 #
 # %% [markdown]
 # ## Upwards
+#
+# (From here to the end all is the bundled model's: no plan was made for the real one.)
 #
 # Downwards, a layer is quantized in a model without other errors. Upwards, it is put back to 16 bits in a model whose other
 # layers are all at 2 (or 3) bits: EXL3 measures so. What does each way say of the kinds?
@@ -545,10 +548,11 @@ for name in rules + peers:
           f"the plan less it {apart}: {apart.verdict()}")
 
 # %% [markdown]
-# "Attention 4, MLP 3" cannot be told from the plan of its bytes; the other seven rules are measurably worse. AutoScheme's and
-# ModelOpt's allocations by gradients cannot be told from the plan either, at any of four budgets; ModelOpt's by KL, which leave
-# part of the budget unused, are measurably worse at two of four. None is better. So, as far as this can tell, a score that
-# takes seconds gave as good a plan as a map that takes minutes. What the map adds is the effects themselves, and the check.
+# On this model "attention 4, MLP 3" cannot be told from the plan of its bytes; the other seven rules are measurably worse.
+# AutoScheme's and ModelOpt's allocations by gradients cannot be told from the plan either, at any of four budgets; ModelOpt's
+# by KL, which leave part of the budget unused, are measurably worse at two of four. None is better. So, as far as this can
+# tell, a score that takes seconds gave as good a plan as a map that takes minutes. What the map adds is the effects themselves,
+# and the check.
 #
 # How much is left for a better allocation? From the plan at one of these sizes, 60 exchanges, one set of linears wider and
 # others narrower, each quantized for real, and kept where its KL on the tuning questions fell:
@@ -592,7 +596,7 @@ for name in (n for n in planned if abs(about[n]["bits"] - about[whole]["bits"]) 
     print(f"{name} less uniform 4 bits: {paired(plans[name], plans[whole], 'answer_kl')}")
 
 # %% [markdown]
-# So not at 4 bits, where uniform is good already, and clearly between 3 and 4 (the curve above).
+# So, on this model, not at 4 bits, where uniform is good already, and clearly between 3 and 4 (the curve above).
 #
 # ## The plan as a file
 #
@@ -635,7 +639,8 @@ print(f"{len(dynamic)} rules in the file; the model read back is the one that wa
 # ## Summary
 #
 # Measure each layer alone, on the answers; solve a knapsack; make the plan for real, beside uniform settings of its bytes; keep
-# it only if it is measurably better.
+# it only if it is measurably better. No layer of the bundled model must be kept from 4 bits; below that it is mostly
+# attention's outputs that want more, on the real model the values.
 #
 # ## Exercises
 #

@@ -227,9 +227,9 @@ for metric in ("nll", "exact"):
 # *AutoRound* is what many would pick today. It learns, block by block and by signed gradient descent, which weights to round up
 # and where to clip, and writes an ordinary GPTQ file. On the bundled model it is measurably nearer to full precision than NF4
 # and AWQ; between it, GPTQModel's GPTQ and our `awq+gptq` no difference is detectable at this sample size. What it costs is in
-# the table of sizes below: it takes longer to make than their files. ([Chapter 12](12_two_models.ipynb) takes its lead over
-# GPTQ apart: a good part of it is the sign of its scales. There `awq+gptq`, which is AWQ's scales and then GPTQ on asymmetric
-# grids, is nearer than it on the real model.)
+# the table of sizes below: it takes longer to make than their files. (With all questions, and on the real model, it is nearer
+# than GPTQ whose scales are all above zero; [chapter 12](12_two_models.ipynb) takes that lead apart. There `awq+gptq`, which is
+# AWQ's scales and then GPTQ on asymmetric grids, is nearer than it on the real model.)
 #
 # "No difference detectable" is a result, and it comes with its price: the size that a difference would need. To see one half as
 # large takes four times the questions.
@@ -248,8 +248,8 @@ tables.texts(measured, FULL)
 # ## One file is one draw
 #
 # GPTQ, AWQ and AutoRound look at calibration text, so their file is one draw among many. Three draws of the text
-# of our default GPTQ, each judged on the same questions (`gptq` above is GPTQModel's plain file where the bundled model is
-# measured):
+# of our default GPTQ, each judged on the same questions (`gptq` above is, of the bundled model, GPTQModel's symmetric file
+# without searched scales):
 
 # %% tags=["nbval-ignore-output"]
 import random
@@ -500,7 +500,7 @@ keep(figure, "gates")
 # *Each variant against each gate.*
 #
 # The pick is the smallest that passes all of them; sizes within 2 % count as equal, and then the one with the least KL is
-# taken. The fallback is the smallest of the next higher precision that passes.
+# taken. The fallback is the smallest of the next higher precision that passes, else full precision.
 
 # %% tags=["nbval-ignore-output"]
 for name, reason in verdict.reasons.items():
@@ -601,7 +601,7 @@ if asked:
 # %% [markdown]
 # ## A variant of your own
 #
-# A method is a frozen dataclass ([chapter 3](03_error_formula.ipynb)); a variant is a method on a model. Ten lines, and it is
+# A method is a frozen dataclass (as all of `helpers/methods/` are); a variant is a method on a model. Ten lines, and it is
 # compared with the rest: here NF4 everywhere but in the linears that write into the residual stream last.
 
 # %% tags=["nbval-ignore-output"]
@@ -648,7 +648,8 @@ if asked:
 # 0.974 at 100, undecided. No answer lost does not mean that none would be.
 # </details>
 #
-# 3. Make `exchanged` swap with probability 0.4 instead of 0.5. What happens to the false alarms, and why?
+# 3. Make `exchanged` (`helpers/harness/validate.py`) swap with probability 0.4 instead of 0.5. What happens to the false
+#    alarms, and why?
 #
 # <details><summary>Solution</summary>
 #

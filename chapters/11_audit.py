@@ -19,7 +19,7 @@
 #
 # Each claim is in our words. A verdict follows from a rule on measured values, which stands in its cell: *holds*, *holds with
 # conditions*, *does not hold*, *undecided here*. The *bundled* model is the book's own, the *real* one SmolLM2-135M-Instruct;
-# what only a GPU or 70 billion parameters could tell is said to be undecided, with the command that would decide it.
+# of a part that only a GPU or 70 billion parameters could tell the row says so, with the command that would decide it.
 
 # %% tags=["setup", "hide-cell"]
 # On Colab: fetch the book and what it needs. Where the book is installed this cell does nothing.
@@ -631,15 +631,15 @@ print(audit.counts())
 # %% [markdown]
 # ## Where it breaks
 #
-# - *Two models.* "Holds" means: on what its row names, which for C3 and C19 is the bundled model alone. A claim on "4-bit
-#   models" is about more than that.
+# - *Two models.* "Holds" means: on what its row names, which for C3, C14, C17 and C19 is the bundled model alone, and for C24
+#   a shape with random weights. A claim on "4-bit models" is about more than that.
 # - *Our words.* A claim is judged as we read it; the article's own sentence may have meant less.
 # - *Speed.* What was timed was timed on CPUs. The commands for a GPU are there.
 #
 # ## Summary
 #
-# Of three claims on what a method is one holds as it stands; those that name a winner or a number mostly hold with conditions
-# or not at all; the program for beginners does not run. A measure and a rule written first found it out; a GPU was used for
+# Of three claims on what a method is two hold; those that name a winner or a number mostly hold with conditions or not at all;
+# the article's third program does not run as printed. A measure and a rule written first found it out; a GPU was used for
 # some of the real model's sweeps alone.
 #
 # ## Exercises
