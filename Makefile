@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 ENV := .venv/.installed
 ORIGINALS := .venv-originals/.installed
+# The archived toolkits can be installed on Linux alone; elsewhere their committed files are read
+REFERENCES := $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
 PEERS := .venv-peers/.installed
 SERVING := .venv-serving/.installed
 LOAD := .venv-load/.installed
@@ -71,7 +73,7 @@ $(LOAD): load.txt
 
 # --- book -----------------------------------------------------------------------------------------------------------
 # What the toolkits need minutes for, built once into .cache/
-artefacts: $(ENV) $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
+artefacts: $(ENV) $(REFERENCES)
 	$(BIN)/python -m helpers.toolkits.artefacts
 
 _build/executed/%.ipynb: chapters/%.ipynb $(SOURCES) | artefacts
@@ -110,7 +112,7 @@ sweeps: $(ENV)
 	$(BIN)/python -m benchmarks.sweeps --only recipes tuned makers learned first raised remedies best gptq awq nf4
 # Every chapter on a real model, SmolLM2-135M, fetched on first use (93 MB): hours, goes on at the chapter it was at; fastest on
 # two cores: OMP_NUM_THREADS=1 make -j2 small
-small: $(ENV) $(ORIGINALS)
+small: $(ENV) $(REFERENCES)
 	$(BIN)/python -c 'from helpers.models.source import resolve; print(resolve("small"))'
 	$(MAKE) profiled PROFILE=small
 # What takes longer on it: ours against the toolkits linear by linear, the map of its layers, and the sweeps: a draw of each row
@@ -118,12 +120,12 @@ small: $(ENV) $(ORIGINALS)
 # that fails is named and left
 small-sweeps: SWEPT = $(wildcard data/results/sweep_small_*.npz)
 small-sweeps: SWEEP = $(BIN)/python -m benchmarks.sweeps --model small --device $(or $(DEVICE),cpu)
-small-sweeps: $(ENV) $(ORIGINALS) $(SERVING)
+small-sweeps: $(ENV) $(REFERENCES) $(SERVING)
 	$(BIN)/python -m benchmarks.exact
 	$(BIN)/python -m benchmarks.small_map --device $(or $(DEVICE),cpu)
 	$(SWEEP) --part 0/1 --draws 1 $(if $(SWEPT),--found $(SWEPT))
 	$(SWEEP) --found .cache/cells $(SWEPT)
-bench: $(ENV) $(ORIGINALS)
+bench: $(ENV) $(REFERENCES)
 	$(BIN)/python -m benchmarks.speed
 # The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was
 # stopped), and the chatbot's pick put to work on two servers
@@ -143,24 +145,26 @@ served: $(ENV) $(SERVING) $(LOAD)
 peers: $(PEERS)
 	$(BIN)/python -m benchmarks.peers
 
-# Variants of a model against your limits; all optional: MODEL PROMPTS GATES METHODS SERVE EXECUTOR OUT (see --help). make turns
-# every exit status but 0 into 2; `python -m helpers.compare` itself says 99 for "none passes", 98 for "undecided"
+COMPUTED = $(if $(DEVICE),--device $(DEVICE)) $(if $(DTYPE),--dtype $(DTYPE))
+# Variants of a model against your limits; all optional: MODEL PROMPTS GATES METHODS SERVE EXECUTOR OUT DEVICE DTYPE (see --help).
+# make turns every exit status but 0 into 2; `python -m helpers.compare` itself says 99 for "none passes", 98 for "undecided"
 compare: $(ENV)
 	$(BIN)/python -m helpers.compare $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
 	  $(if $(GATES),--gates '$(GATES)') $(if $(METHODS),--methods $(METHODS)) $(if $(SERVE),--serve $(SERVE)) \
-	  $(if $(EXECUTOR),--executor '$(EXECUTOR)') $(if $(OUT),--out '$(OUT)')
+	  $(if $(EXECUTOR),--executor '$(EXECUTOR)') $(if $(OUT),--out '$(OUT)') $(COMPUTED)
 
 # Which layers of a model must not be 4-bit, and a mixed plan of BUDGET bits a weight; all optional: MODEL PROMPTS BUDGET OUT
+# DEVICE DTYPE
 sensitivity: $(ENV)
 	$(BIN)/python -m helpers.sensitivity $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
-	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out '$(OUT)')
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out '$(OUT)') $(COMPUTED)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 lint: $(ENV)
 	$(BIN)/ruff check .
 # Two at a time, each on one thread: the bundled model is too small for two threads to be twice as fast. Beside them the engine,
 # of which a test mostly waits for its start
-test: lint $(if $(filter Linux,$(shell uname)),$(ORIGINALS))
+test: lint $(REFERENCES)
 	OMP_NUM_THREADS=1 $(MAKE) -j3 tests executed engine
 tests: $(ENV)
 	$(BIN)/python -m pytest --ignore tests/test_serve.py
@@ -187,7 +191,7 @@ _build/$(PROFILE)/%.ipynb: chapters/%.ipynb $(filter-out data/results/%,$(SOURCE
 # The book's public address, in the one place a Colab reader has it: the first cell of every chapter
 address: $(ENV)
 	@test -n "$(URL)" || { echo 'say make address URL=https://...'; exit 1; }
-	$(BIN)/python -c 'import sys, pathlib; [p.write_text(p.read_text().replace("REPOSITORY-UNSET", sys.argv[1])) \
-	  for p in pathlib.Path("chapters").glob("*.*")]' '$(URL)'
+	$(BIN)/python -c 'import sys, pathlib; [p.write_text(p.read_text("utf-8").replace("REPOSITORY-UNSET", sys.argv[1]), "utf-8") \
+	  for p in pathlib.Path("chapters").glob("[0-9]*.*")]' '$(URL)'
 clean:
 	rm -rf _build .cache

@@ -32,7 +32,7 @@ from helpers.harness.variants import Original
 from helpers.measure.tasks import read_prompts, render
 from helpers.models.method import Plan
 from helpers.models.source import BUNDLED
-from helpers.results import BadRecord, Record, read, save
+from helpers.results import BadRecord, Record, machine, read, save, versions
 
 METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, asked for plain settings; of the small one our default
     "bundled": DEFAULT,
@@ -52,7 +52,9 @@ def methods(case: Case, model: str) -> list[str]:
 
 def folder(case: Case, model: str) -> Path:
     """Where a comparison is left: another one for other questions, limits, weights or code."""
-    same = [circumstances(), Original(model).weights, methods(case, model), *map(file_hash, (case.prompts(model), case.gates))]
+    compared = methods(case, model)
+    files = [case.prompts(model), case.gates, *(Path(m) for m in compared if m.endswith(".json"))]
+    same = [circumstances(), Original(model).weights, compared, *map(file_hash, files)]
     return BUILD / "cases" / f"{model}-{case.name}-{key_hash(same)}"
 
 
@@ -61,7 +63,7 @@ def run(case: Case, model: str) -> dict:
     out = folder(case, model)
     argv = ["--model", model, "--prompts", str(case.prompts(model)), "--gates", str(case.gates), "--out", str(out),
             "--methods", *methods(case, model)]
-    if not (out / "results.json").is_file():
+    if not (out / "report.html").is_file():  # which is written last
         with contextlib.redirect_stdout(io.StringIO()):
             compare.main(argv)
     found = json.loads(json.dumps(report.read(out / "results.json")).replace(f"{ROOT}/", ""))  # nothing of this machine
@@ -95,13 +97,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
-    try:
-        told = read("cases").data
-    except BadRecord:
-        told = {}
+    told, weights, here = {}, folder_hash(BUNDLED), machine()
+    with contextlib.suppress(BadRecord):
+        record = read("cases")
+        if (record.model_sha256, record.machine, record.versions) == (weights, here, versions()):
+            told = record.data  # else it is of other weights, or of another machine, and a record says but one
     for model, name in tqdm([(m, c) for m in args.models for c in args.cases]):
         told.setdefault(model, {})[name] = run(CASES[name], model)
-        print(save(Record("cases", told, model_sha256=folder_hash(BUNDLED), command="make cases")))
+        print(save(Record("cases", told, model_sha256=weights, command="make cases")))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from benchmarks import cases
 from helpers.files import folder_hash
 from helpers.harness.cases import CASES
 from helpers.harness.named import named
-from helpers.harness.rollout import Ask, execute, read_manifest
+from helpers.harness.rollout import Ask, BadManifest, execute, read_manifest
 from helpers.harness.serve import serving
+from helpers.harness.study import material
 from helpers.harness.variants import Original
 from helpers.measure.tasks import read_prompts
 from helpers.models.source import BUNDLED
@@ -59,7 +60,11 @@ def main() -> None:
     path = cases.folder(CASE, "bundled") / "manifest.yml"
     manifest, told, full = read_manifest(path), yaml.safe_load(path.read_text()), Original()
     names = [told[role]["variant"] for role in ("deploy", "fallback")]
-    variants = {full.name: full} | {v.name: v for v in named([n for n in names if n != full.name], full, ())}
+    made = named([n for n in names if n != full.name], full, material(prompts=CASE.prompts()).tokens)
+    variants = {v.name: v for v in (full, *made)}
+    for role, name in zip(("deploy", "fallback"), names, strict=True):
+        if folder_hash(variants[name].folder) != told[role]["weights_sha256"]:
+            raise BadManifest(f"{path}: {name} has other weights now: make cases")
     log = [replace(e, id=f"{e.id}-{n}") for n in range(ROUNDS) for e in read_prompts(CASE.prompts())]
     tokenizer, found = AutoTokenizer.from_pretrained(BUNDLED), {}
 

@@ -72,7 +72,7 @@ def rules() -> dict[str, Plan]:
             "v_proj and o_proj 8, others 3": Plan(low, (("[vo]_proj", higher),))}
 
 
-def peers(planner: Planner) -> dict[str, Plan]:
+def peers() -> dict[str, Plan]:
     """The allocations of data/results/peers.json, with our GPTQ as the solver of all."""
     found = {}
     for peer, budgets in read("peers").data["choices"].items():
@@ -215,13 +215,13 @@ def the_map() -> Planner:
 def the_plans(planner: Planner) -> None:
     """Everything at its bytes, on the judging questions, over draws."""
     sens = planner.sensitivity
-    fixed = {str(m): Plan(m) for m in given()} | rules() | peers(planner)
+    fixed = {str(m): Plan(m) for m in given()} | rules() | peers()
     chosen = {f"plan, {b:g} bits": planner.plan(b) for b in BUDGETS}
     # what the peers could choose from: groups of 128 alone
     same = replace(planner, kl={k: v for k, v in planner.kl.items() if k[1].group_size == 128})
     chosen["climbed from the plan at the bytes of nvidia-modelopt, kl_div, 3.5"] = climbed(
         same, same.bits(fixed["nvidia-modelopt, kl_div, 3.5"])).plan(planner.units)
-    chosen |= {f"plan at the bytes of {name}": same.plan(same.bits(p)) for name, p in (rules() | peers(planner)).items()}
+    chosen |= {f"plan at the bytes of {name}": same.plan(same.bits(p)) for name, p in (rules() | peers()).items()}
     failing = {f"{kind} alone at 2 bits": Plan(Keep(), ((rf"{kind}$", Rtn(2)),)) for kind in dict.fromkeys(
         where(n)[1] for n in planner.options)}
     quality, draws = Quality(items("judge", JUDGE), sens.base, sens.store), {}

@@ -639,8 +639,8 @@ print(f"{len(dynamic)} rules in the file; the model read back is the one that wa
 # ## Summary
 #
 # Measure each layer alone, on the answers; solve a knapsack; make the plan for real, beside uniform settings of its bytes; keep
-# it only if it is measurably better. No layer of the bundled model must be kept from 4 bits; below that it is mostly
-# attention's outputs that want more, on the real model the values.
+# it only if it is measurably better. With all at 4 bits no layer of the bundled model had to be wider. With all at 3 bits
+# `o_proj` gained most from 8, on the real model the values.
 #
 # ## Exercises
 #

@@ -99,7 +99,7 @@ pick_guess = {"chatbot": "NF4", "condensing": "GPTQ", "doses": "GPTQ, 8 bits whe
 # ### The flow, run
 #
 # The article draws a flow: try, benchmark, adjust, benchmark again, deploy with a fallback. As a loop
-# ([chapter 9](09_harness.ipynb) shows its source): the three methods in the article's order, then its adjustments: the order of
+# (`search` in `helpers/harness/decide.py`): the three methods in the article's order, then its adjustments: the order of
 # columns and the scales, both methods together, more bits where a block writes its result back, more bits for all. Each turn is
 # judged on the *tuning* requests; the first to pass is judged once on the others. Live, by the limits that are read off given
 # answers; what has to be generated or served is below.
@@ -140,10 +140,10 @@ for ax, d in zip(axes[0], decisions.values(), strict=True):
 # Where the first choice passes, the loop ends: it looks for the first that is good enough, not for the best. Order is therefore
 # a decision too: put what is cheapest to make and run in front. A variant that passed on the tuning requests may still miss its
 # limit on the others, or leave it undecided, as GPTQ's KL on the doses does on some processors: then nothing is picked. The
-# fallback is what runs today, or 8 bits; it need not pass.
+# fallback is 8 bits where they pass, else full precision, which is what runs today and need not keep the limits.
 #
-# To see the adjustments, ask for less than half of that KL. ("AWQ, sensitive layers higher" is no file: AWQ's format holds one
-# width. What stands for it is GPTQ with 8 bits in the linears that write into the residual stream.)
+# To see the adjustments, ask for less than half of the KL that the doses may have. ("AWQ, sensitive layers higher" is no file:
+# AWQ's format holds one width. What stands for it is GPTQ with 8 bits in the linears that write into the residual stream.)
 
 # %% tags=["nbval-ignore-output"]
 harder = decided(list(turned.values())[-1], run_on["model"], gates=parse_gates({"recovery": 0.97, "kl": "< 0.0004"}), **where)
@@ -203,9 +203,9 @@ if isinstance(cases, pd.DataFrame):
 #
 # A guide of measured results. KL at 4 bits in groups of 64 (the bundled model: 128), in brackets the paired verdict beside
 # plain GPTQ. The *real* model is SmolLM2-135M-Instruct, on two voices of prose and on questions; where its columns disagree
-# with each other or with the bundled one, no general advice follows. *Higher* is worse. The article's own sequence (NF4 as the
-# baseline, GPTQ and AWQ on the same prompts, then the smallest that passes) is `make compare`; the loop above stops at the
-# first.
+# with each other or with the bundled one, the advice rests on the real model alone, and is to be measured on yours. *Higher* is
+# worse. The article's own sequence (NF4 as the baseline, GPTQ and AWQ on the same prompts, then the smallest that passes) is
+# `make compare`; the loop above stops at the first.
 
 # %% tags=["nbval-ignore-output"]
 from helpers.harness.guide import linked
@@ -215,7 +215,8 @@ linked()
 # %% [markdown]
 # Edge cases, each with the cell that shows it:
 #
-# - *Structured output*: keep the head in 16 bits (below), gate on `form`, not on perplexity.
+# - *Structured output*: gate on `form`, not on perplexity. All toolkits leave the head in 16 bits, and so should you: at 2 bits
+#   it breaks JSON on the bundled model (below), in NF4 it raises KL on both ([chapter 4](04_nf4.ipynb)).
 # - *Long context*: recall by distance with longer calibration windows of mixed requests (below). This book's models end at
 #   1,024 and 2,048 tokens; nothing here decides about 64,000.
 # - *High stakes*: a mixed plan from a map of the layers ([chapter 7](07_sensitivity.ipynb)), or 8 bits.
@@ -256,8 +257,9 @@ tasks = list(dict.fromkeys(scores[full.name].tasks.tolist()))
 pd.DataFrame({name: {t: f"{s.exact[s.tasks == t].mean():.0%}" for t in tasks} for name, s in scores.items()})
 
 # %% [markdown]
-# Of 20 questions a task only the rarest facts show a loss that can be told (70 to 30 %); sums and tool calls lose two or three
-# answers. With calibration text like the requests 55 % of the rarest facts are right: 3 of 20 are too few to tell from 16 bits.
+# Of 20 questions a task only the rarest facts (`facts_tail`) show a loss that can be told (70 to 30 %); `facts_rare`, the
+# harder sums and tool calls lose two or three answers each. With calibration text like the requests 55 % of the rarest facts
+# are right: 3 of 20 are too few to tell from 16 bits.
 #
 # ### Memory won, latency not
 #
@@ -430,7 +432,7 @@ pd.DataFrame({name: {k: went[k] for k in ("outcome", "reason", "answered", "lost
 # `tests/test_rollout.py` does this with servers of its own, and measures the false alarms. For your own servers:
 #
 # ```
-# python -m helpers.rollout manifest.yml log.jsonl http://fallback http://pick
+# python -m helpers.rollout manifest.yml log.jsonl http://fallback http://pick --model /path/to/model
 # ```
 #
 # ## Where it breaks

@@ -55,11 +55,11 @@ def replay(options: Namespace) -> int:
     print(f"{found.gate}: {found.outcome}, {found.reason}; {sum(a.error is not None for s in said for a in s)} failed")
     texts = [render(tokenizer, e)[0] for e in asked]
     for rate in options.rates:
-        runs = {s.url: load(s, folder, texts, rate, 64, 16, 192 / rate + 60) for s in servers}
-        times = {url: {f"{what} p{q}": percentile(getattr(r, f"{what}_ms"), q / 100) for what in ("ttft", "itl", "e2el")
-                       for q in (50, 95) if len(r.e2el_ms)} for url, r in runs.items()}
-        print(pd.DataFrame({url: row | {"failed": runs[url].errors, "doubt": runs[url].doubt or ""}
-                            for url, row in times.items()}).T.to_string())
+        runs = {(s.url, s.model): load(s, folder, texts, rate, 64, 16, 192 / rate + 60) for s in servers}
+        times = {of: {f"{what} p{q}": percentile(getattr(r, f"{what}_ms"), q / 100) for what in ("ttft", "itl", "e2el")
+                      for q in (50, 95) if len(r.e2el_ms)} for of, r in runs.items()}
+        print(f"{rate:g} requests/s:", pd.DataFrame({of: row | {"failed": runs[of].errors, "doubt": runs[of].doubt or ""}
+                                                     for of, row in times.items()}).T.to_string(), sep="\n")
     return STATUS[found.outcome]
 
 

@@ -19,7 +19,10 @@ from helpers.harness.repack import repack
 from helpers.harness.study import prepared
 from helpers.measure.answers import Said, form
 from helpers.measure.tasks import Example, examples, questions, read_prompts
+from helpers.methods.rtn import Rtn
+from helpers.models.checkpoint import quantize_to
 from helpers.models.formats import AWQ, GPTQ_V2, FormatError
+from helpers.models.method import Plan
 from helpers.models.reading import BadCheckpoint, load_simulated
 from helpers.models.source import BUNDLED, DATA
 from helpers.models.texts import BadData, calibration, windows
@@ -100,7 +103,19 @@ def test_what_cannot_be_repacked_says_so(tmp_path):
         repack(COMMITTED / "bitsandbytes-nf4", tmp_path / "out", AWQ)
     with pytest.raises(BadCheckpoint):
         repack(tmp_path, tmp_path / "out", AWQ)
+    for other in (Rtn(3, 128), Rtn(4, 64)):  # the settings of a file name one width and one group size
+        quantize_to(tmp_path / "mixed", BUNDLED, Plan(Rtn(4, 128), ((r"layers\.0\.", other),)), form=GPTQ_V2)
+        with pytest.raises(FormatError, match="expected one width and one group size"):
+            repack(tmp_path / "mixed", tmp_path / "out", GPTQ_V2)
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_rows_of_different_widths_are_repacked(tmp_path):
+    quantize_to(tmp_path / "rows", BUNDLED, Rtn(4, -1), form=GPTQ_V2)
+    repack(tmp_path / "rows", tmp_path / "out", AWQ)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == -1
+    before, after = (load_simulated(tmp_path / f).state_dict() for f in ("rows", "out"))
+    assert all(torch.equal(before[n], after[n]) for n in before)
 
 
 def test_the_guide_has_a_row_a_method_and_a_chapter_for_each():
@@ -158,7 +173,7 @@ def test_cases_of_the_record():
 
 
 def test_the_real_models_chatbot_of_the_record():
-    row, of = record_table().loc[("small", "chatbot")], read("cases").data["small"]["chatbot"]["variants"]
+    row, of = record_table().loc[("real", "chatbot")], read("cases").data["small"]["chatbot"]["variants"]
     assert (row["verdict"], row["pick"], row["exit status"]) == (UNDECIDED, "none", 98)
     assert all("kl < 0.02" in of[n]["reason"] for n in ("nf4", "gptq:search=false,act_group_aware=false", "awq"))
     assert "0.6667" in of["gptq:search=false,act_group_aware=false"]["reason"]
@@ -170,7 +185,7 @@ def test_the_real_models_chatbot_of_the_record():
 def test_the_real_models_other_cases_of_the_record():
     rows, told = record_table(), read("cases").data["small"]
     for case in ("condensing", "doses"):
-        row = rows.loc[("small", case)]
+        row = rows.loc[("real", case)]
         assert (row["verdict"], row["pick"], row["exit status"]) == (FAIL, "none", 99)
         assert {v["outcome"] for v in told[case]["variants"].values()} == {FAIL}
     reports, doses = (told[case]["variants"] for case in ("condensing", "doses"))
@@ -195,6 +210,6 @@ def measured(reason, gate):
 
 def test_served_latency_of_the_cases():
     """Chapter 10: on this processor the real model answers sooner in 4 bits than in float16, and later than in bfloat16."""
-    itl = served_table()["ITL p50"].loc[("small", "chatbot")]
+    itl = served_table()["ITL p50"].loc[("real", "chatbot")]
     assert all(itl["16 bits, bf16"] * 1.5 < itl[n] < itl["16 bits"] / 4 for n in (
         "gptq:search=false,act_group_aware=false", "awq"))

@@ -21,8 +21,8 @@ from helpers.methods.rtn import Rtn
 from helpers.models.layers import Fold, UnknownStructure, common_group, left_alone, linears
 from helpers.models.outliers import add_outliers
 from helpers.models.quantize import quantize_model, quantized
-from helpers.models.source import BUNDLED, ModelUnavailable, Source, load, resolve, stored_names
-from helpers.models.texts import BadData, calibration, context_of, random_tokens, read_text, windows
+from helpers.models.source import BUNDLED, DATA, ModelUnavailable, Source, load, resolve, stored_names
+from helpers.models.texts import BadData, calibration, context_of, random_tokens, read_jsonl, read_text, windows
 from helpers.models.walk import first_step
 from helpers.toolkits.process import ORIGINALS
 
@@ -270,10 +270,22 @@ def test_own_texts(tmp_path):
             read_text(tmp_path / name)
 
 
+def test_a_text_is_text(tmp_path):
+    for wrong in ("5", "null"):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{{"text": {wrong}}}\n')
+        with pytest.raises(BadData, match=r'a.jsonl:2: expected \{"text"'):
+            read_text(tmp_path / "a.jsonl")
+
+
+def test_of_the_books_own_files_it_says_what_makes_them():
+    with pytest.raises(BadData, match=r"none.jsonl is missing; `make sets` and `make english`"):
+        read_jsonl(DATA / "eval" / "none.jsonl")
+
+
 def test_bad_data_names_file_and_line(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "DATA", tmp_path)
     (tmp_path / "eval").mkdir()
-    with pytest.raises(BadData, match=r"judge.jsonl is missing; `make sets`"):
+    with pytest.raises(BadData, match=r"judge.jsonl is missing$"):  # a file of one's own no target makes
         examples()
     (tmp_path / "eval" / "judge.jsonl").write_text(json.dumps({"task": "t", "prompt": "p", "answer": "a"}) + "\n{oops\n")
     with pytest.raises(BadData, match=r"judge.jsonl:2: not a line of JSON"):

@@ -35,9 +35,10 @@ def test_of_the_bundled_model_a_method_is_a_toolkits_artefact():
     assert [v.name for v in found] == [*TOOLKIT, "autogptq-gptq"]
 
 
-def test_of_another_model_it_is_a_file_of_ours_made_once(foreign, monkeypatch):
+def test_of_another_model_it_is_a_file_of_ours_made_once(foreign, monkeypatch, capfd):
     names = ["int8", "nf4", "gptq", "awq", "gptq:bits=3,sym=false"]
-    found = named(names, foreign, WINDOWS)
+    found = named(names, foreign, WINDOWS, progress=False)
+    assert "blocks" not in capfd.readouterr().err  # no bar
     assert [v.name for v in found] == names and all(isinstance(v, OurArtefact) and v.exact for v in found)
     assert [read_artefact(v.folder).form.name for v in found] == ["int8", "nf4", "gptq", "awq", "gptq_v2"]
     assert found[2].plan.default == Gptq(4, 64) and found[4].plan.default == Gptq(3, 64, sym=False)
@@ -49,6 +50,14 @@ def test_of_another_model_it_is_a_file_of_ours_made_once(foreign, monkeypatch):
     assert named(["nf4"], foreign, WINDOWS[:1])[0].folder == found[1].folder  # which no text calibrates
     with pytest.raises(TypeError):
         named(["gptq"], foreign, WINDOWS[:1])
+
+
+def test_our_files_are_made_on_the_device_that_is_asked_for(foreign, monkeypatch):
+    """And are others: a GPU adds up in another order."""
+    made = []
+    monkeypatch.setattr(module, "quantize_to", lambda *args, **_: made.append(args[6]))
+    found = [named(["gptq"], foreign, WINDOWS, device=device)[0].folder for device in ("cpu", "cuda")]
+    assert made == ["cpu", "cuda"] and found[0] != found[1]
 
 
 def test_the_bits_are_those_of_the_toolkits_format(bundled, tmp_path, monkeypatch):

@@ -17,15 +17,17 @@ from helpers.book import random_llama
 from helpers.files import folder_hash
 from helpers.harness import named, report
 from helpers.harness.gates import parse_gates
+from helpers.harness.measured import NotMeasured
 from helpers.harness.measures import Form
 from helpers.harness.served import Served
 from helpers.harness.study import prepared, some
-from helpers.harness.variants import Missing, Original, ToolkitArtefact
+from helpers.harness.variants import Folder, Missing, Original, ToolkitArtefact
 from helpers.measure.tasks import Example
 from helpers.models.source import BUNDLED
 from helpers.page import to_html
 from helpers.store import Store
 from helpers.toolkits import process
+from helpers.toolkits.artefacts import COMMITTED
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +145,31 @@ def test_the_manifest_says_what_to_deploy(compared):
     passing = replace(study, gates=parse_gates({"memory_bytes": "< 1e9", "kl": "< 5"}))
     said = yaml.safe_load(report.manifest(passing, passing.verdict(measured), measured))
     nf4 = measured["nf4"].variant
-    assert said["deploy"] == {"variant": "nf4", "weights_sha256": folder_hash(nf4.folder), "bytes": nf4.measured()}
+    assert said["deploy"] == {
+        "variant": "nf4", "folder": str(nf4.folder), "weights_sha256": folder_hash(nf4.folder),
+        "bytes": nf4.measured()}
     assert said["fallback"]["variant"] == "16 bits" and said["fallback"]["weights_sha256"] == said["model_sha256"]
     assert [step["share_of_traffic"] for step in said["canary"]] == [0.01, 0.05, 0.25, 1.0]
     assert said["roll_back_when"] == ["not (kl < 5)"]  # bytes do not change while it is served
     failing = replace(study, gates=parse_gates({"memory_bytes": "< 10"}))
     said = yaml.safe_load(report.manifest(failing, failing.verdict(measured), measured))
     assert said == {"deploy": None, "because": "verdict: fail"}
+
+
+def test_a_record_of_engines_is_of_the_committed_files_alone(tmp_path):
+    """A folder of one's own that happens to be called like one is not what the record was made of."""
+    study = prepared("bundled", methods=["nf4"], limit=1)
+    shutil.copytree(COMMITTED / "bitsandbytes-nf4", tmp_path / "bitsandbytes-nf4")
+    other = Folder("other", tmp_path / "bitsandbytes-nf4", True)
+    assert set(replace(study, variants=[*study.variants, other]).loads()) == {"nf4"}
+
+
+def test_a_variant_that_does_not_load_has_its_reason_as_that_of_its_latency(compared):
+    _, measured = compared
+    without = replace(measured["nf4"], timed=None, loads={}, failed={"memory": "ToolkitMissing: no bitsandbytes"})
+    for asked in (lambda: without.latency_of("ttft_ms"), without.engines):
+        with pytest.raises(NotMeasured, match="no bitsandbytes"):
+            asked()
 
 
 def test_a_toolkit_that_is_missing_ends_no_study(compared, monkeypatch, tmp_path):

@@ -163,6 +163,12 @@ def test_rates_are_above_zero(rate, capsys):
     assert f"expected requests a second, above 0, got {rate}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://", "http://127.0.0.1:80a0", "ftp://127.0.0.1"])
+def test_what_is_no_address_is_one_error(url):
+    with pytest.raises(EngineFailed):
+        Server(url).check()
+
+
 def test_an_address_where_nothing_is(address):
     Server(address).check()  # without a page for its health, but there
     with socket.socket() as s:

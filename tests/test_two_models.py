@@ -6,10 +6,12 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from helpers.harness import carry
 from helpers.harness.sensitivity import where
 from helpers.measure.stats import paired, ratio_interval
+from helpers.models.source import DATA
 from helpers.results import read
 from helpers.store import values
 
@@ -470,3 +472,12 @@ def test_learned_roundings_beside_autoround():
     assert [apart["GPTQ, group aware", w][0].high < 0 for w in REAL] == [True, True, False]
     assert round(-4 * apart["GPTQ, group aware", "bundled"][1]) == 1
 
+
+
+def test_no_recipe_at_4_bits_keeps_the_default_limit_on_the_real_model():
+    """The README: the limits that are asked for unless others are given were set by the bundled model."""
+    limit = yaml.safe_load((DATA / "gates" / "default.yml").read_text())["kl"]
+    least = {whose: min(row["kl"][0] for row in panel["recipes, 4 bits"].values())
+             for whose, panel in carry.panels("recipes").items()}
+    assert limit == "< 0.02" and least.pop("bundled") < 0.02 and set(least) == set(REAL)
+    assert all(kl > 0.02 for kl in least.values())

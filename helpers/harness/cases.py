@@ -24,6 +24,7 @@ from helpers.models.method import Plan
 from helpers.models.source import BUNDLED, DATA, resolve
 from helpers.results import BadRecord, read
 
+WHOSE = {"bundled": "bundled", "small": "real"}  # what the text calls the models of the record
 READ_OFF = tuple(q for q in QUALITY if q != "form")
 
 
@@ -116,7 +117,7 @@ def served_table() -> pd.DataFrame | str:
         record = read("cases")
     except BadRecord:
         return "nothing was compared yet: make cases"
-    return pd.DataFrame({(model, case, name): {
+    return pd.DataFrame({(WHOSE[model], case, name): {
         "requests/s": rate, "TTFT p95": load["ttft_ms"][1], "ITL p50": load["itl_ms"][0]}
         for model, cases in record.data.items() for case, c in cases.items()
         for name, v in {"16 bits, bf16": {"served": c["served_bf16"]}, **c["variants"]}.items()
@@ -129,7 +130,7 @@ def record_table() -> pd.DataFrame | str:
         told = read("cases").data
     except BadRecord:
         return "nothing was compared yet: make cases"
-    return pd.DataFrame({(model, name): {
+    return pd.DataFrame({(WHOSE[model], name): {
         "the article": c["article"], "verdict": c["verdict"]["outcome"], "pick": c["verdict"]["pick"] or "none",
         "fallback": c["verdict"]["fallback"] or "16 bits", "exit status": c["exit_status"],
         "reasons": {n: v["reason"] for n, v in c["variants"].items()}}

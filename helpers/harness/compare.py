@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,16 @@ HELPERS = Path(__file__).resolve().parents[1]
 DECIDES = ("quantizers", "methods", "models", "measure", "toolkits", "harness")  # the rooms whose code a score depends on
 
 
+@cache
+def code() -> str:
+    """A name for what the code of these rooms does."""
+    return code_hash(*(HELPERS / room for room in DECIDES))
+
+
 def circumstances() -> dict:
     """What decides a number beside the variant and the texts: code, versions, and the processor, whose sums round its way."""
     about = machine()
-    return {"code": code_hash(*(HELPERS / room for room in DECIDES)), "versions": versions(),
+    return {"code": code(), "versions": versions(),
             "machine": [about[k] for k in ("cpu", "cpu_capability", "threads", "gpu")]}
 
 

@@ -27,14 +27,15 @@ ENTRIES = {
     "GPTQ": Entry("GPTQ", "as the yardstick of this table", "wherever scales can be searched", "our default", "05_gptq.ipynb"),
     "GPTQ, our default": Entry(
         "GPTQ, symmetric, group aware, searched scales",
-        "the first to try of one method alone: vLLM reads its file, on a CPU too",
-        "with calibration text unlike your requests", "text that the model wrote itself", "05_gptq.ipynb"),
+        "the first to try of one method alone (its gain is on the real model): vLLM reads its file, on a CPU too",
+        "calibrated on the first text at hand", "several texts, compared", "05_gptq.ipynb"),
     "GPTQ, desc_act, searched scales": Entry(
         "GPTQ, desc_act, searched scales", "for less KL still, where the engine reads desc_act and asymmetric grids",
         "if the file has to become an AWQ file", "our default", "05_gptq.ipynb"),
     "AWQ": Entry("AWQ", "if the GPTQ at hand is plain, on a model with loud channels as the real one here",
                  "below 4 bits, which the format cannot hold", "GPTQ, our default", "06_awq.ipynb"),
-    "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, group aware, searched scales", "for the least KL, in a file vLLM reads",
+    "AWQ, then GPTQ": Entry("AWQ's scales, then GPTQ, group aware, searched scales",
+                            "for the least KL on a model like the real one, in a file vLLM reads",
                             "below 4 bits, which that file cannot hold", "GPTQ, our default", "06_awq.ipynb"),
 }
 

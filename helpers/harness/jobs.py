@@ -3,15 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from helpers.files import code_hash
-from helpers.harness.compare import DECIDES, HELPERS
+from helpers.harness.compare import code
 from helpers.harness.serve import EngineMissing, EngineRefused
 from helpers.harness.stream import EngineFailed
 from helpers.harness.variants import Variant
@@ -47,14 +45,9 @@ class Done(NamedTuple):
     failed: dict[tuple[str, str], str]
 
 
-@cache
-def _code() -> str:
-    return code_hash(*(HELPERS / room for room in DECIDES))
-
-
 def conditions() -> dict[str, Any]:
     """What has to be alike wherever a job runs."""
-    return {"machine": machine(), "versions": versions(), "code": _code()}
+    return {"machine": machine(), "versions": versions(), "code": code()}
 
 
 def work(measure: Measure, variant: Variant, here: Mapping) -> dict[str, np.ndarray]:

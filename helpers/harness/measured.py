@@ -86,7 +86,7 @@ class Measured:
         """Milliseconds of each request (ITL: the mean gap of each), in process or served at a rate. Raises NotMeasured."""
         if rate is None:
             if self.timed is None:
-                raise NotMeasured(self.failed.get("latency", "latency was not measured"))
+                raise NotMeasured(self.failed.get("memory", "latency was not measured"))
             return self.timed[what].mean(1) if self.timed[what].ndim == 2 else self.timed[what]
         load = self._at(rate)
         if load.doubt and what != "e2el_ms":
@@ -113,7 +113,7 @@ class Measured:
     def engines(self) -> tuple[int, int]:
         """(engines that load it and give the right answers, engines that were not tried). Raises NotMeasured."""
         if not self.loads:
-            raise NotMeasured(self.failed.get("portability", "no engine was tried"))
+            raise NotMeasured(self.failed.get("memory", "no engine was tried"))
         works = sum(e.loads and e.right == e.asked for e in self.loads.values())
         return works, sum(not e.loads and e.reason.startswith("not installed") for e in self.loads.values())
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -37,15 +37,20 @@ class UnknownMethod(ValueError):
 
 
 def named(names: Sequence[str], full: Original, tokens: Sequence[Sequence[int]], rebuild: bool = False,
-          shapes: bool = False, progress: bool = True) -> list[Variant]:
+          shapes: bool = False, progress: bool = True, device: str = "cpu") -> list[Variant]:
     """The variants of these names. Files of ours are made now if they have not been (`tokens` calibrate them), those of the
-    toolkits when they are first asked for. `shapes`: the weights are random, so only the files' shapes count.
+    toolkits when they are first asked for. `shapes`: the weights are random, so only the files' shapes count. `device` computes
+    ours.
 
     Raises UnknownMethod, and what `quantize_to` raises.
     """
     if twice := [n for n in names if list(names).count(n) > 1]:
         raise UnknownMethod(f"methods: {twice[0]!r} is there twice")
-    found = [_one(name, full, tokens, rebuild, shapes, progress) for name in names]
+
+    def make(plan: Plan) -> Path:
+        return ours(full, plan, format_for(plan), tokens, progress, device)
+
+    found = [_one(name, full, make, rebuild, shapes) for name in names]
     called = [full.name, *(v.name for v in found)]
     if twice := [n for n in called if called.count(n) > 1]:
         raise UnknownMethod(f"methods: two variants are called {twice[0]!r}: rename one of them")
@@ -61,7 +66,7 @@ def _known(name: str) -> bool:
     return name in ARTEFACTS or name in DEFAULT or name.partition(":")[0] in Method.known
 
 
-def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bool, shapes: bool, progress: bool) -> Variant:
+def _one(name: str, full: Original, make: Callable[[Plan], Path], rebuild: bool, shapes: bool) -> Variant:
     kind, _, settings = name.partition(":")
     if name in ARTEFACTS or name == "autoround" or (full.folder == BUNDLED and name in TOOLKIT):
         return ToolkitArtefact(TOOLKIT.get(name, name), full.model, full.revision, rebuild, True, name)
@@ -69,7 +74,7 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
         return Folder(folder.parent.name, folder.parent, True)
     if name.endswith(".json") and Path(name).expanduser().is_file():
         plan = read_plan(Path(name).expanduser(), full.folder)
-        return OurArtefact(Path(name).stem, ours(full, plan, format_for(plan), tokens, progress), plan, True)
+        return OurArtefact(Path(name).stem, make(plan), plan, True)
     if kind not in Method.known or Method.known[kind].reference:
         known = sorted(n for n, m in Method.known.items() if not m.reference)
         raise UnknownMethod(f"methods: {name!r} is no method ({', '.join(known)}, autoround), no artefact "
@@ -77,7 +82,7 @@ def _one(name: str, full: Original, tokens: Sequence[Sequence[int]], rebuild: bo
     if shapes and kind in SHAPED and not settings:
         kind, settings = "rtn", SHAPED[kind]
     plan = Plan(_method(kind, settings, full))
-    return OurArtefact(name, ours(full, plan, format_for(plan), tokens, progress), plan, True)
+    return OurArtefact(name, make(plan), plan, True)
 
 
 def _method(kind: str, settings: str, full: Original) -> Method:
@@ -103,14 +108,15 @@ def _method(kind: str, settings: str, full: Original) -> Method:
         raise UnknownMethod(f"methods: {kind}: {error}") from error
 
 
-def ours(full: Original, plan: Plan, form: Format, tokens: Sequence[Sequence[int]], progress: bool = True) -> Path:
+def ours(full: Original, plan: Plan, form: Format, tokens: Sequence[Sequence[int]], progress: bool = True,
+         device: str = "cpu") -> Path:
     """The folder of a file that we make, in the cache, made now if it is not there. Raises what `quantize_to` raises."""
     calibrated = any(m.keeps for m in plan.methods())
-    key = key_hash([full.key(), plan.key(), form.name, [list(t) for t in tokens] if calibrated else [], versions(),
+    key = key_hash([full.key(), plan.key(), form.name, [list(t) for t in tokens] if calibrated else [], versions(), device,
                     code_hash(*(HELPERS / room for room in ("quantizers", "methods", "models")))])
     out = CACHE / f"ours-{plan.default.name.replace('+', '-')}-{key}"
     if not out.is_dir():
-        quantize_to(out, full.folder, plan, tokens if calibrated else (), form, progress, revision=full.revision)
+        quantize_to(out, full.folder, plan, tokens if calibrated else (), form, progress, device, revision=full.revision)
     return out
 
 

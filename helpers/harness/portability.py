@@ -54,10 +54,8 @@ def library(name: str, originals: bool, job: Job, timeout: float) -> dict:
 
 def vllm(job: Job, timeout: float) -> dict:
     """vLLM's server, which has `timeout` seconds to get ready."""
-    try:
-        from helpers.harness import serve
-    except ImportError:
-        return {"reason": "not measured yet"}
+    from helpers.harness import serve  # which only this engine needs
+
     try:
         with serve.serving(Path(job.source), timeout=timeout) as server:
             found, kernel = serve.answers(server, job.tokens, job.settings["new_tokens"]), ", ".join(server.kernels())
@@ -89,14 +87,14 @@ def _cell(engine: Engine, folder: Path, tokenizer: Path, job: Job, expected: Seq
 
 
 def matrix(folders: Mapping[str, Path], engines: Mapping[str, Engine] = ENGINES, asked: Sequence[Sequence[int]] | None = None,
-           tokenizer: Path = BUNDLED, timeout: float = 600) -> dict[str, dict[str, Loads]]:
+           tokenizer: Path = BUNDLED, timeout: float = 600, progress: bool = True) -> dict[str, dict[str, Loads]]:
     """{artefact: {engine: Loads}} of these folders; a cell is a process of its own, and has `timeout` seconds.
 
     `asked`: prompts as token ids (20 of the judging set); `tokenizer`: its folder. No artefact: our reader's reason everywhere.
     """
     asked = questions(AutoTokenizer.from_pretrained(tokenizer)) if asked is None else asked
     found: dict[str, dict[str, Loads]] = {}
-    for name, folder in (bar := tqdm(folders.items())):
+    for name, folder in (bar := tqdm(folders.items(), disable=not progress)):
         try:
             quantized, model = sorted(read_artefact(folder).linears), load_simulated(folder)
         except BadCheckpoint as error:

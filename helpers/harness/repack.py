@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -33,9 +34,7 @@ def repack(source: Path, out: Path, form: Format) -> None:
             tensors |= {f"{name}.{end}": t.contiguous() for end, t in form.pack(q).items()}
         except ValueError as error:
             raise FormatError(f"{name} does not fit the {form.name} format: {error}") from error
-    q = next(iter(artefact.linears.values()))
-    plan = Plan(Gptq(q.bits, q.codes.shape[1] // q.grid.scale.shape[1], desc_act=bool((q.g_idx.diff() < 0).any()), sym=bool(
-        all((x.grid.zero_point == 2 ** (x.bits - 1)).all() for x in artefact.linears.values()))))
+    plan = Plan(_settings(source, list(artefact.linears.values())))
     left = [n for n, _ in linears(shell(source)) if n not in artefact.linears]
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = form.settings(plan, left, list(artefact.linears))
@@ -50,3 +49,15 @@ def repack(source: Path, out: Path, form: Format) -> None:
         (folder / PROVENANCE).write_text(json.dumps({
             "plan": plan.key(), "format": form.name, "repacked_from": folder_hash(source), "sha256": hashes(folder)}, indent=1))
         put_in_place(folder, out)
+
+
+def _settings(source: Path, linears: Sequence[Quantized]) -> Gptq:
+    """What the codes of all linears have in common. Raises FormatError if they differ in width or group size."""
+    bits, groups = {q.bits for q in linears}, {q.codes.shape[1] // q.grid.scale.shape[1] for q in linears}
+    if all(q.grid.scale.shape[1] == 1 for q in linears):
+        groups = {-1}
+    if len(bits) > 1 or len(groups) > 1:
+        raise FormatError(f"{source}: expected one width and one group size, found bits {sorted(bits)} and groups "
+                          f"{sorted(groups)}: quantize the 16-bit model again")
+    return Gptq(bits.pop(), groups.pop(), desc_act=any(bool((q.g_idx.diff() < 0).any()) for q in linears),
+                sym=all(bool((q.grid.zero_point == 2 ** (q.bits - 1)).all()) for q in linears))

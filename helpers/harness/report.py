@@ -22,6 +22,7 @@ from helpers.harness.variants import bits
 from helpers.measure.stats import holm, mcnemar, ratio_interval, share_difference, share_interval, swap_test
 from helpers.results import Record
 from helpers.toolkits.artefacts import build_seconds
+from helpers.toolkits.process import ROOT
 
 SCHEMA = json.loads(Path(__file__).with_name("results.schema.json").read_text())
 VERSION = SCHEMA["properties"]["schema"]["const"]
@@ -132,7 +133,8 @@ def manifest(study: Study, verdict: Verdict, measured: Mapping[str, Measured]) -
     def artefact(name: str | None) -> dict | None:
         folder = name and getattr(measured[name].variant, "folder", None)
         hashed = folder_hash(folder) if folder else None
-        return name and {"variant": name, "weights_sha256": hashed, "bytes": measured[name].bytes}
+        where = folder and str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+        return name and {"variant": name, "folder": where, "weights_sha256": hashed, "bytes": measured[name].bytes}
 
     return yaml.safe_dump({
         "deploy": artefact(verdict.pick), "fallback": artefact(verdict.fallback) or artefact(study.full.name),

@@ -19,9 +19,11 @@ def lines(url: str, body: dict | None, seconds: float) -> Iterator[bytes]:
     """The lines of a reply (POST with a body, else GET) as they come, whole within `seconds`. Raises EngineFailed, which says
     what happened, or what the server said."""
     at, deadline = urlsplit(url), time.monotonic() + seconds
-    connection = (HTTPSConnection if at.scheme == "https" else HTTPConnection)(at.netloc, timeout=seconds)
-    rest = b""
+    if at.scheme not in ("http", "https") or not at.netloc:
+        raise EngineFailed(f"{url}: expected an address such as http://127.0.0.1:8000")
+    rest, connection = b"", None
     try:
+        connection = (HTTPSConnection if at.scheme == "https" else HTTPConnection)(at.netloc, timeout=seconds)
         connection.connect()
         sock = connection.sock  # which the reply takes over
         connection.request("POST" if body else "GET", at.path, body and json.dumps(body), {"Content-Type": "application/json"})
@@ -43,7 +45,8 @@ def lines(url: str, body: dict | None, seconds: float) -> Iterator[bytes]:
     except (OSError, HTTPException) as error:
         raise EngineFailed(f"{url} cannot be reached, or the connection was cut: {error!r}") from error
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 def completion(url: str, model: str, prompt: Sequence[int] | str, new_tokens: int, seconds: float, **options) -> Iterator[dict]:

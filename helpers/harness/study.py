@@ -27,7 +27,7 @@ from helpers.models.source import BUNDLED, DATA, check_device
 from helpers.models.texts import BadData, calibration, context_of, windows
 from helpers.results import BadRecord, read
 from helpers.store import Store
-from helpers.toolkits.artefacts import CALIBRATION
+from helpers.toolkits.artefacts import CALIBRATION, COMMITTED
 
 DEFAULT_GATES = DATA / "gates" / "default.yml"
 DTYPES = ("float32", "bfloat16", "float16")  # that full precision is computed in
@@ -129,10 +129,10 @@ class Study:
         measured now (minutes), if a gate asks for it."""
         files = {v.name: v.folder for v in self._made if hasattr(v, "folder")}
         known = recorded() if self.full.folder == BUNDLED else {}
-        found = {name: known[folder.name] for name, folder in files.items() if folder.name in known}
+        found = {name: known[f.name] for name, f in files.items() if f.parent == COMMITTED and f.name in known}
         rest = {name: folder for name, folder in files.items() if name not in found}
         if rest and any(g.field == "portability" for g in self.gates):
-            found |= matrix(rest, tokenizer=self.full.folder)
+            found |= matrix(rest, tokenizer=self.full.folder, progress=progress)
         return found
 
     def verdict(self, measured: Mapping[str, Measured]) -> Verdict:
@@ -225,5 +225,5 @@ def prepared(model: str = "bundled", revision: str | None = None, dtype: str = "
     # AutoRound takes minutes to hours to make
     names = list(methods) or [m for m in DEFAULT if full.folder == BUNDLED or m != "autoround"]
     shapes = model.endswith("config.json")
-    variants = named(names, full, tokens, rebuild, shapes, progress)
+    variants = named(names, full, tokens, rebuild, shapes, progress, device)
     return Study(full, variants, tune, judge, passages, chosen, device, store or Store(), shapes)

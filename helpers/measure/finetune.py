@@ -44,7 +44,7 @@ def finetuning_bytes(config: PretrainedConfig, base: Plan | Method | None, rank:
     widest = max(sum(m.in_features + m.out_features for m in block.modules() if isinstance(m, nn.Linear))
                  for block in blocks_of(model)[1])
     if rank is None:
-        n, held = model.num_parameters(), {}
+        n = model.num_parameters()
         held = {"weights": 2 * n, "gradients": 2 * n, "weights in fp32": 4 * n, "Adam's moments": 8 * n}
     else:
         n = sum(rank * (m.in_features + m.out_features) for m in inside)

@@ -6,7 +6,7 @@ Everything is kept per text, under the text's id, so that any two models are com
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from helpers.measure.stats import Interval, ratio_interval
 from helpers.measure.tasks import Item
+from helpers.models.layers import instead
 
 PIECE = 1 << 26  # logits that are worked on at a time: with a vocabulary of 260,000 tokens, 258 positions
 # What the reference says that is kept for the next model, in numbers: a sixteenth of the memory
@@ -217,22 +218,9 @@ def log_probabilities(model: nn.Module, ids: Tensor, states: Any = None) -> Iter
     if states is None and not whole:
         states = states_of(model, ids)
     for part in parts:
-        with nullcontext() if states is None else _instead(body, states):
+        with nullcontext() if states is None else instead({body: lambda *_, **__: states}):
             logits = model(input_ids=ids, use_cache=False, **part).logits.float()
         yield (logits[:, :-1] if whole else logits).log_softmax(-1)
-
-
-@contextmanager
-def _instead(body: nn.Module, states: Any) -> Iterator[None]:
-    """While the context lasts a module does nothing but put these out."""
-    own = body.__dict__.get("forward")  # what accelerate puts there, on models loaded to a GPU
-    body.forward = lambda *_, **__: states
-    try:
-        yield
-    finally:
-        del body.forward
-        if own is not None:
-            body.forward = own
 
 
 def compare(models: Mapping[str, nn.Module], items: Sequence[Item], reference: nn.Module | None = None,

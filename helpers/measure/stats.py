@@ -24,11 +24,6 @@ class Interval(NamedTuple):
         """What a difference says if more is worse, as a loss is."""
         return "measurably worse" if self.low > 0 else "measurably better" if self.high < 0 else "no difference detectable"
 
-    def p_value(self) -> float:
-        """Two-sided, of "the difference is zero": as if the estimate were normal and this its 95 % interval."""
-        width = self.high - self.low
-        return float(2 * stats.norm.sf(abs(self.estimate) / width * 2 * Z95)) if width else float(self.estimate == 0)
-
     def detectable(self, power: float = 0.8) -> float:
         """The smallest difference that this sample would find in `power` of all cases, if this is its 95 % interval."""
         return (self.high - self.low) / (2 * Z95) * (Z95 + stats.norm.ppf(power))

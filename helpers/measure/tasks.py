@@ -129,7 +129,7 @@ def encode(tokenizer, example: Example, shots: Sequence[Example] = ()) -> Item:
 
 
 def encode_choices(tokenizer, example: Example) -> list[Item]:
-    """The right answer of an example under its id, and each of its choices under `id or n`; see quality.chosen."""
+    """The right answer of an example under its id, its choices under `id or n`, as quality.right_answers reads them."""
     return [replace(encode(tokenizer, replace(example, answer=answer)), id=f"{example.id} or {n}" if n else example.id)
             for n, answer in enumerate((example.answer, *example.choices))]
 
@@ -196,7 +196,8 @@ def read_prompts(path: Path) -> list[Example]:
 def split(asked: Sequence[Example], tune: float = 1 / 3) -> tuple[list[Example], list[Example]]:
     """(to choose settings by, to judge by): each question goes where a hash of its id says, whatever else is in the file."""
     first = [e for e in asked if int(hashlib.sha256(e.id.encode()).hexdigest()[:8], 16) < tune * 2**32]
-    return first, [e for e in asked if e not in first]
+    taken = {e.id for e in first}
+    return first, [e for e in asked if e.id not in taken]
 
 
 def distance(tokenizer, example: Example) -> int | None:

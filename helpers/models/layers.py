@@ -4,7 +4,7 @@ No table of architectures: a block is run once, and a fold is whatever leaves it
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -74,6 +74,21 @@ def common_group(model: nn.Module, sizes: Iterable[int] = (128, 64, 32)) -> int:
     """The largest of these group sizes that divides the inputs of every linear; the smallest if none does."""
     widths = {m.in_features for _, m in linears(model)}
     return next((g for g in sizes if all(w % g == 0 for w in widths)), min(sizes))
+
+
+@contextmanager
+def instead(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """While the context lasts these modules run other forward functions."""
+    own = {m: m.__dict__.get("forward") for m in forwards}  # what accelerate puts there, on models loaded to a GPU
+    for m, forward in forwards.items():
+        m.forward = forward
+    try:
+        yield
+    finally:
+        for m, earlier in own.items():
+            del m.forward
+            if earlier is not None:
+                m.forward = earlier
 
 
 @contextmanager

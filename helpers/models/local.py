@@ -3,14 +3,14 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from helpers.models.layers import hooked
+from helpers.models.layers import hooked, instead
 
 POSITIONS, AT = 8, 3
 
@@ -58,26 +58,12 @@ def only_at(block: nn.Module, names: Iterable[str], wanted: Tensor) -> AbstractC
         out[wanted] = values
         return out
 
-    return _instead({m: partial(forward, m.forward) for m in map(block.get_submodule, names)})
+    return instead({m: partial(forward, m.forward) for m in map(block.get_submodule, names)})
 
 
 def put_out(block: nn.Module, outputs: Mapping[str, Any]) -> AbstractContextManager:
     """While the context lasts these modules do nothing but put out what they are given here."""
-    return _instead({block.get_submodule(n): lambda *_, out=out, **__: out for n, out in outputs.items()})
-
-
-@contextmanager
-def _instead(forwards: Mapping[nn.Module, Callable]):
-    own = {m: m.__dict__.get("forward") for m in forwards}
-    for m, forward in forwards.items():
-        m.forward = forward
-    try:
-        yield
-    finally:
-        for m, earlier in own.items():
-            del m.forward
-            if earlier is not None:
-                m.forward = earlier
+    return instead({block.get_submodule(n): lambda *_, out=out, **__: out for n, out in outputs.items()})
 
 
 def finished_before(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, list[str]]:

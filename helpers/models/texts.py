@@ -15,7 +15,8 @@ class BadData(ValueError):
 def read_jsonl(path: Path) -> list[dict]:
     """The records of a .jsonl file; raises BadData naming file and line."""
     if not path.is_file():
-        raise BadData(f"{path} is missing; `make sets` writes the files of data/eval, data/calibration and data/text")
+        made = "; `make sets` and `make english` write the files of data" if DATA in path.resolve().parents else ""
+        raise BadData(f"{path} is missing{made}")
     records = []
     try:
         # not splitlines: a string may hold U+2028 and others at which that would cut
@@ -35,9 +36,10 @@ def read_jsonl(path: Path) -> list[dict]:
 def read_text(path: Path) -> list[str]:
     """The passages of a text file, which blank lines separate, or of a .jsonl of {"text": ...}; raises BadData."""
     if path.suffix == ".jsonl":
-        if bad := [n for n, r in enumerate(read_jsonl(path), 1) if not isinstance(r, dict) or "text" not in r]:
-            raise BadData(f'{path}:{bad[0]}: expected {{"text": ...}}')
-        return [r["text"] for r in read_jsonl(path)]
+        records = read_jsonl(path)
+        if bad := [n for n, r in enumerate(records, 1) if not isinstance(r, dict) or not isinstance(r.get("text"), str)]:
+            raise BadData(f'{path}:{bad[0]}: expected {{"text": "..."}}')
+        return [r["text"] for r in records]
     try:
         passages = [p.strip() for p in path.read_text(encoding="utf-8").split("\n\n") if p.strip()]
     except OSError as error:

@@ -5,7 +5,7 @@ at each group of linears also keeps the widest of its intermediate results.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -16,7 +16,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from helpers.models.layers import Layout, UnknownStructure, hooked, look
+from helpers.models.layers import Layout, UnknownStructure, hooked, instead, look
 from helpers.models.source import Source
 
 
@@ -95,22 +95,12 @@ class Stream:
             yield batch.logits(source, batch.hidden)
 
 
-@contextmanager
-def _bypassed(blocks: nn.ModuleList, instead: Callable):
-    """While the context lasts a block does nothing but `instead(index, hidden, args, kwargs) -> hidden`."""
+def _bypassed(blocks: nn.ModuleList, does: Callable) -> AbstractContextManager:
+    """While the context lasts a block does nothing but `does(index, hidden, args, kwargs) -> hidden`."""
     def forward(i: int, hidden: Tensor | None = None, *args, **kwargs) -> Tensor:
-        return instead(i, kwargs.pop("hidden_states", hidden), args, kwargs)
+        return does(i, kwargs.pop("hidden_states", hidden), args, kwargs)
 
-    own = [block.__dict__.get("forward") for block in blocks]  # what accelerate puts there, on models loaded to a GPU
-    for i, block in enumerate(blocks):
-        block.forward = partial(forward, i)
-    try:
-        yield
-    finally:
-        for block, earlier in zip(blocks, own, strict=True):
-            del block.forward
-            if earlier is not None:
-                block.forward = earlier
+    return instead({block: partial(forward, i) for i, block in enumerate(blocks)})
 
 
 def _enter(source: Source, ids: Tensor) -> Batch:
