@@ -1,15 +1,22 @@
 """Files and folders that appear whole or not at all, and their hashes."""
 
 import ast
+import errno
 import hashlib
+import itertools
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 PROVENANCE = "provenance.json"  # of an artefact of ours: how it was made, with the hashes of its files
 REPORT = "report.json"  # of a toolkit's artefact, the same
 HASHED = ("*.safetensors", "config.json", "quantize_config.json")  # what decides what a model is
+
+
+class BadIndex(ValueError):
+    """An index of weights that cannot be read."""
 
 
 def file_hash(path: Path) -> str:
@@ -20,13 +27,13 @@ def file_hash(path: Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a model's weights: those in its index, else model.safetensors, else all *.safetensors. Beside the
-    first two a folder may hold the same weights once more, under other names."""
+    first two a folder may hold the same weights once more, under other names. Raises BadIndex."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of weights, fetch it again: {type(error).__name__}: {error}") from error
+            raise BadIndex(f"{index} is no index of weights, fetch it again: {type(error).__name__}: {error}") from error
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
@@ -81,9 +88,14 @@ def put_in_place(folder: Path, out: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
-    if out.exists():
-        os.replace(out, folder.with_name("earlier"))
-    os.replace(folder, out)
+    for n in itertools.count():  # another process may put its own there between the two
+        with suppress(FileNotFoundError):
+            os.replace(out, folder.with_name(f"earlier-{n}"))
+        try:
+            return os.replace(folder, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def code_hash(*folders: Path) -> str:

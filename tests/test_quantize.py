@@ -3,7 +3,10 @@
 import copy
 import json
 import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.methods import SignRound, SignRoundToTheEnd
-from helpers.files import PROVENANCE, folder_hash
+from helpers.files import PROVENANCE, folder_hash, put_in_place
 from helpers.methods.awq import Awq, scale_folds
 from helpers.methods.awq_gptq import AwqGptq
 from helpers.methods.gptq import Gptq
@@ -536,6 +539,25 @@ def test_artefacts_that_were_changed_say_so(tmp_path):
     (tmp_path / "other" / "model.safetensors").unlink()
     with pytest.raises(BadCheckpoint, match="model.safetensors is missing"):
         read_artefact(tmp_path / "other")
+    (tmp_path / "other" / PROVENANCE).unlink()
+    (tmp_path / "other" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors.index.json is no index of weights"):
+        read_artefact(tmp_path / "other")
+
+
+def test_one_of_two_that_put_a_folder_in_place_at_once_is_there_whole(tmp_path):
+    """As the tests and the notebooks do with one cache."""
+    def put(n):
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            folder = Path(scratch) / "made"
+            folder.mkdir()
+            for name in "ab":
+                (folder / name).write_text(str(n))
+            put_in_place(folder, tmp_path / "out")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, range(400)))
+    assert len({(tmp_path / "out" / name).read_text() for name in "ab"}) == 1
 
 
 Q = "model.layers.0.self_attn.q_proj"

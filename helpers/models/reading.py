@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers.files import PROVENANCE, REPORT, file_hash, weight_files
+from helpers.files import PROVENANCE, REPORT, BadIndex, file_hash, weight_files
 from helpers.models.formats import ANY, FORMATS, FormatError, Stored
 from helpers.models.layers import UnknownStructure, linears
 from helpers.models.method import Codes, Format
@@ -65,7 +65,7 @@ def read_artefact(folder: Path) -> Artefact:
             tensors |= (part := load_file(path))
             files |= dict.fromkeys(part, path)
         [form] = [f for f in FORMATS if f.reads(settings)]
-    except (UnknownStructure, SafetensorError, OSError, FormatError) as error:
+    except (UnknownStructure, SafetensorError, OSError, FormatError, BadIndex) as error:
         raise BadCheckpoint(f"{folder} is not a whole quantized model: {error}") from error
     except Exception as error:  # configs raise whatever their classes do with a field that is missing or absurd
         raise BadCheckpoint(f"{folder / 'config.json'} is no quantized model's in a known format: "
