@@ -127,8 +127,8 @@ small-sweeps: $(ENV) $(REFERENCES) $(SERVING)
 	$(SWEEP) --found .cache/cells $(SWEPT)
 bench: $(ENV) $(REFERENCES)
 	$(BIN)/python -m benchmarks.speed
-# The three cases of chapter 10 through `make compare`, on both models (20 minutes and an hour on two cores; goes on where it was
-# stopped), and the chatbot's pick put to work on two servers
+# The three cases of chapter 10 through `make compare`, on both models (half an hour, and an hour and a half, on two cores; goes
+# on where it was stopped), and the chatbot's pick put to work on two servers
 cases: $(ENV) $(SERVING) $(LOAD)
 	$(BIN)/python -m benchmarks.cases
 	$(BIN)/python -m benchmarks.rollout

@@ -132,6 +132,6 @@ def record_table() -> pd.DataFrame | str:
         return "nothing was compared yet: make cases"
     return pd.DataFrame({(WHOSE[model], name): {
         "the article": c["article"], "verdict": c["verdict"]["outcome"], "pick": c["verdict"]["pick"] or "none",
-        "fallback": c["verdict"]["fallback"] or "16 bits", "exit status": c["exit_status"],
+        "fallback": c["verdict"]["fallback"] or "16 bits", "exit status": c["exit_status"], "measured": c["made"]["date"],
         "reasons": {n: v["reason"] for n, v in c["variants"].items()}}
         for model, cases in told.items() for name, c in cases.items()}).T
