@@ -227,13 +227,16 @@ def test_what_gates_measure_beside_answers():
 
 @pytest.mark.parametrize("asked, why", [
     ({"recovery": 1}, "no questions were asked"), ({"kl": {"x": "< 1"}}, "nothing of the name 'x'"),
-    ({"perplexity": "< 1"}, "no texts"), ({"form": {"ends": 1}}, "no answers"), ({"ttft_ms": "p(95) < 1"}, "not measured"),
-    ({"peak_bytes": "< 1"}, "out of memory"), ({"portability": 1}, "no engine"), ({"memory_bytes": "< 1"}, "no file format"),
+    ({"perplexity": "< 1"}, "no texts"), ({"form": {"ends": 1}}, "no answers"), ({"ttft_ms": "p(95) < 1"}, "out of memory"),
+    ({"peak_bytes": "< 1"}, "out of memory"), ({"portability": 1}, "out of memory"),
+    ({"memory_bytes": "< 1"}, "no file format"),
     ({"fits": {"gpu_gb": 1, "context": 1}}, "no file format")])
 def test_reasons_why_something_was_not_measured(asked, why):
     found = only(asked, measured(size=None, failed={"memory": "out of memory"}))
     assert (found.outcome, found.interval) == (UNDECIDED, None) and why in found.reason
     assert only({"kl": {"json": "< 1"}}, measured(failed={"questions": "no weights"})).reason == "no weights"
+    for of, said in (({"ttft_ms": "p(95) < 1"}, "latency was not measured"), ({"portability": 1}, "no engine was tried")):
+        assert only(of, measured()).reason == said
 
 
 def test_questions_that_say_nothing():
