@@ -170,7 +170,7 @@ from textwrap import fill
 
 if isinstance(cases, pd.DataFrame):
     for (whose, case), reasons in cases["reasons"].items():
-        said = (fill(f"{name}: {reason}", 86, subsequent_indent=" " * 8) for name, reason in reasons.items())
+        said = (fill(f"{name}: {reason}", 78, subsequent_indent=" " * 8) for name, reason in reasons.items())
         print(f"{whose}, {case}", *said, sep="\n    ")
 
 # %% [markdown]
