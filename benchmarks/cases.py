@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from helpers.harness.variants import Original
 from helpers.measure.tasks import read_prompts, render
 from helpers.models.method import Plan
 from helpers.models.source import BUNDLED
-from helpers.results import BadRecord, Record, machine, read, save, versions
+from helpers.results import BadRecord, Record, read, save
 
 METHODS = {  # "gptq" of the bundled model is what GPTQModel makes of it, asked for plain settings; of the small one our default
     "bundled": DEFAULT,
@@ -70,8 +69,9 @@ def run(case: Case, model: str) -> dict:
     found = json.loads(json.dumps(report.read(out / "results.json")).replace(f"{ROOT}/", ""))  # nothing of this machine
     keep = ("bits_a_weight", "predicted_bytes", "measured_bytes", "quality", "failed", "findings", "outcome", "reason")
     status = compare.STATUS[found["verdict"]["outcome"]]
-    return {"exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]), "gates": found["gates"],
-            "verdict": found["verdict"], "served_bf16": in_bf16(case, model, out / "bf16.json"),
+    made = {k: found[k] for k in ("machine", "versions", "date")}
+    return {"made": made, "exit_status": status, "article": case.article, "questions": len(found["asked"]["id"]),
+            "gates": found["gates"], "verdict": found["verdict"], "served_bf16": in_bf16(case, model, out / "bf16.json"),
             "variants": {v["name"]: {k: v[k] for k in keep} | {"served": served(v)} for v in found["variants"]}}
 
 
@@ -102,8 +102,7 @@ def main() -> None:
     with contextlib.suppress(BadRecord):
         told = record.data if (record := read("cases")).model_sha256 == weights else {}
     for model, name in tqdm([(m, c) for m in args.models for c in args.cases]):
-        made = {"machine": machine(), "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
-        told.setdefault(model, {})[name] = run(CASES[name], model) | {"made": made}
+        told.setdefault(model, {})[name] = run(CASES[name], model)
         print(save(Record("cases", told, model_sha256=weights, command="make cases")))
 
 

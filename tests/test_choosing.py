@@ -184,6 +184,7 @@ def test_the_real_models_chatbot_of_the_record():
     late = "served at 1/s, ttft_ms p(95) < 1000"
     assert [gate for gate, said in found["gptq"].items() if said == FAIL] == [late]
     assert measured(of["gptq"]["reason"], late) == pytest.approx(1600, abs=50)
+    assert of["gptq"]["served"]["1"]["ttft_ms"][0] == pytest.approx(300, abs=10)
     assert all(found["gptq"][g] == UNDECIDED for g in ("recovery > 0.93", "kl < 0.02", "form.no_loops > 0.93"))
     assert (found["awq+gptq"]["kl < 0.02"], found["awq+gptq"][late]) == (PASS, FAIL)
     assert measured(of["awq+gptq"]["reason"], "form.no_loops > 0.93") == pytest.approx(5 / 6, abs=1e-3)
